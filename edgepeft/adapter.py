@@ -1,0 +1,122 @@
+"""Adapters on disk: what was trained and nothing else, in safetensors, with what is needed to put it back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from edgepeft import __version__
+from edgepeft.errors import EdgePeftError, UsageError
+from edgepeft.files import atomic_directory, write_json
+from edgepeft.methods.base import Method
+from edgepeft.placements.selection import canonical
+
+TENSORS, CARD = "adapter.safetensors", "adapter.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What an adapter belongs to (adapter.json)."""
+
+    method: str
+    options: dict[str, Any]
+    model: str
+    task: str
+    precision: str
+    labels: tuple[str, ...] | None
+    seed: int
+    edgepeft: str = __version__
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, by a name that does not depend on the precision of the backbone."""
+    return {canonical(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def card(method: Method, *, model: str, task: str, precision: str, labels: tuple[str, ...] | None, seed: int) -> Card:
+    """The card of an adapter of ``method``."""
+    return Card(
+        method=method.name, options=asdict(method), model=model, task=task, precision=precision, labels=labels, seed=seed
+    )
+
+
+def save(directory: Path, model: nn.Module, what: Card) -> None:
+    """Write the adapter of ``model`` as a folder, whole or not at all."""
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained(model).items()}
+    with atomic_directory(directory) as folder:
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        write_json(folder / CARD, asdict(what))
+
+
+def read_card(directory: Path) -> Card:
+    """What the adapter in ``directory`` belongs to.
+
+    Raises:
+        UsageError: there is no adapter.
+    """
+    try:
+        fields = json.loads((directory / CARD).read_text(encoding="utf-8"))
+        labels = fields.pop("labels")
+        return Card(labels=None if labels is None else tuple(labels), **fields)
+    except FileNotFoundError as error:
+        raise UsageError(f"There is no adapter in {directory}.", f"{CARD} is missing.", "Train one first.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise EdgePeftError(f"{directory / CARD} is damaged.", str(error), "Train again.") from error
+
+
+def load(directory: Path, model: nn.Module) -> None:
+    """Put a saved adapter into a model that its method was injected into.
+
+    Raises:
+        EdgePeftError: the file is damaged, or belongs to another backbone or method; all differences are named.
+    """
+    copy_into(trained(model), read_tensors(directory / TENSORS), str(directory))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        EdgePeftError: it is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise EdgePeftError(
+            f"{path} cannot be read.",
+            f"It is missing or damaged: {error}.",
+            f"Delete the folder {path.parent} and run the same command again; it goes on from what is whole.",
+        ) from error
+
+
+def copy_into(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], where: str) -> None:
+    """Copy ``tensors`` into ``parameters`` of the same names.
+
+    Raises:
+        EdgePeftError: names or shapes differ.
+    """
+    missing = sorted(parameters.keys() - tensors.keys())
+    foreign = sorted(tensors.keys() - parameters.keys())
+    shapes = sorted(
+        name
+        for name in parameters.keys() & tensors.keys()
+        if tuple(parameters[name].shape) != tuple(tensors[name].shape)
+    )
+    if missing or foreign or shapes:
+        problems = (("missing", missing), ("not in the model", foreign), ("of another shape", shapes))
+        raise EdgePeftError(
+            f"The adapter in {where} does not belong to this model.",
+            "; ".join(f"{len(names)} tensors {what}, such as {names[0]}" for what, names in problems if names) + ".",
+            "Load it onto the backbone and with the method it was trained with; its adapter.json names them.",
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])

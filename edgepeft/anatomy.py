@@ -1,0 +1,211 @@
+"""Where things are in a backbone, so that methods never mention module names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from edgepeft.errors import UsageError
+
+ATTENTION = ("query", "key", "value", "output")
+FEED_FORWARD = ("ffn_in", "ffn_out")
+CROSS_ATTENTION = ("cross_query", "cross_key", "cross_value", "cross_output")
+ROLES = (*ATTENTION, *CROSS_ATTENTION, *FEED_FORWARD)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer layer.
+
+    Attributes:
+        path: dotted name of the layer in the model.
+        stack: index of the stack the layer belongs to (an encoder-decoder has two, everything else one).
+        linears: for each role of ``ROLES`` that the layer has, the dotted names of its linear layers. A gated feed-forward has
+            two under ``ffn_in``; a fused projection stands under each of its roles.
+        norms: dotted names of the normalisations in the layer.
+    """
+
+    path: str
+    stack: int
+    linears: Mapping[str, tuple[str, ...]]
+    norms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of transformer layers that one module calls in turn: ``owner`` (dotted, "" is the model), holding ``layers``."""
+
+    owner: str
+    layers: str
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of one model, by dotted name.
+
+    Attributes:
+        stacks: encoder before decoder.
+        blocks: all layers, in the order of the stacks.
+        norms: every normalisation, those of the blocks and the others.
+        head: what turns hidden states into labels ("" when the model predicts tokens).
+        unembedding: what turns hidden states into token logits ("" in a classifier).
+    """
+
+    stacks: tuple[Stack, ...]
+    blocks: tuple[Block, ...]
+    norms: tuple[str, ...]
+    head: tuple[str, ...]
+    unembedding: str
+
+    def linears(self, roles: Iterable[str]) -> list[str]:
+        """Dotted names of the linear layers with any of these roles, each once, in the order of the model."""
+        wanted = list(roles)
+        names = (name for block in self.blocks for role in wanted for name in block.linears.get(role, ()))
+        return list(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a family names the parts of a layer, relative to it. Fused projections are named under each role."""
+
+    stacks: tuple[str, ...]  # relative to the base model
+    roles: tuple[Mapping[str, tuple[str, ...]], ...]  # one for each stack
+
+
+def _attention(prefix: str, query: str, key: str, value: str, output: str) -> dict[str, tuple[str, ...]]:
+    names = {"query": query, "key": key, "value": value, "output": output}
+    return {role: (f"{prefix}.{name}",) for role, name in names.items()}
+
+
+_LLAMA = _Layout(
+    ("layers",),
+    (
+        {
+            **_attention("self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
+            "ffn_in": ("mlp.gate_proj", "mlp.up_proj"),
+            "ffn_out": ("mlp.down_proj",),
+        },
+    ),
+)
+_PHI3 = _Layout(
+    ("layers",),
+    (
+        {
+            **_attention("self_attn", "qkv_proj", "qkv_proj", "qkv_proj", "o_proj"),
+            "ffn_in": ("mlp.gate_up_proj",),
+            "ffn_out": ("mlp.down_proj",),
+        },
+    ),
+)
+_PHI = _Layout(
+    ("layers",),
+    (
+        {
+            **_attention("self_attn", "q_proj", "k_proj", "v_proj", "dense"),
+            "ffn_in": ("mlp.fc1",),
+            "ffn_out": ("mlp.fc2",),
+        },
+    ),
+)
+_GPT2 = _Layout(
+    ("h",),
+    (
+        {
+            **_attention("attn", "c_attn", "c_attn", "c_attn", "c_proj"),
+            "ffn_in": ("mlp.c_fc",),
+            "ffn_out": ("mlp.c_proj",),
+        },
+    ),
+)
+_BERT = _Layout(
+    ("encoder.layer",),
+    (
+        {
+            **_attention("attention", "self.query", "self.key", "self.value", "output.dense"),
+            "ffn_in": ("intermediate.dense",),
+            "ffn_out": ("output.dense",),
+        },
+    ),
+)
+_DISTILBERT = _Layout(
+    ("transformer.layer",),
+    (
+        {
+            **_attention("attention", "q_lin", "k_lin", "v_lin", "out_lin"),
+            "ffn_in": ("ffn.lin1",),
+            "ffn_out": ("ffn.lin2",),
+        },
+    ),
+)
+_T5_SELF = _attention("layer.0.SelfAttention", "q", "k", "v", "o")
+_T5_CROSS = {f"cross_{r}": p for r, p in _attention("layer.1.EncDecAttention", "q", "k", "v", "o").items()}
+
+
+def _t5_feed_forward(layer: int, gated: bool) -> dict[str, tuple[str, ...]]:
+    prefix = f"layer.{layer}.DenseReluDense"
+    inputs = (f"{prefix}.wi_0", f"{prefix}.wi_1") if gated else (f"{prefix}.wi",)
+    return {"ffn_in": inputs, "ffn_out": (f"{prefix}.wo",)}
+
+
+def _t5(gated: bool) -> _Layout:
+    encoder = {**_T5_SELF, **_t5_feed_forward(1, gated)}
+    decoder = {**_T5_SELF, **_T5_CROSS, **_t5_feed_forward(2, gated)}
+    return _Layout(("encoder.block", "decoder.block"), (encoder, decoder))
+
+
+# A model fits the first layout whose every name it has, so that new architectures of a known build need no entry.
+_LAYOUTS = (_LLAMA, _PHI3, _PHI, _GPT2, _BERT, _DISTILBERT, _t5(gated=False), _t5(gated=True))
+
+
+def find(model: nn.Module) -> Anatomy:
+    """The anatomy of a Hugging Face model.
+
+    Raises:
+        UsageError: its architecture is of none of the known builds.
+    """
+    base = model.base_model
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
+    modules = {name.removeprefix(prefix): module for name, module in model.named_modules() if name.startswith(prefix)}
+    layout = next((layout for layout in _LAYOUTS if _fits(layout, modules)), None)
+    if layout is None:
+        raise UsageError(
+            f"The architecture {type(model).__name__} is not one edgepeft knows.",
+            "Methods need to know where attention and feed-forward layers are, and no known layout matches its modules.",
+            "Known builds: BERT, RoBERTa, DistilBERT, GPT-2, Llama, Mistral, Qwen, Gemma, Phi, T5. "
+            "A new one is a layout in edgepeft/anatomy.py.",
+        )
+    blocks = []
+    for index, (stack, roles) in enumerate(zip(layout.stacks, layout.roles, strict=True)):
+        for number in range(len(modules[stack])):  # type: ignore[arg-type]  # a ModuleList has a length
+            path = f"{stack}.{number}"
+            linears = {role: tuple(f"{prefix}{path}.{name}" for name in names) for role, names in roles.items()}
+            norms = tuple(prefix + name for name in modules if name.startswith(f"{path}.") and is_norm(modules[name]))
+            blocks.append(Block(prefix + path, index, linears, norms))
+    unembedding = _name_of(model, model.get_output_embeddings())
+    return Anatomy(
+        stacks=tuple(Stack((prefix + s).rpartition(".")[0], prefix + s) for s in layout.stacks),
+        blocks=tuple(blocks),
+        norms=tuple(name for name, module in model.named_modules() if is_norm(module)),
+        head=() if unembedding else tuple(n for n, _ in model.named_children() if not f"{n}.".startswith(prefix)),
+        unembedding=unembedding,
+    )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation with a weight (LayerNorm, RMSNorm and their like)."""
+    return type(module).__name__.lower().endswith("norm") and getattr(module, "weight", None) is not None
+
+
+def _fits(layout: _Layout, modules: Mapping[str, nn.Module]) -> bool:
+    return all(
+        f"{stack}.0.{name}" in modules
+        for stack, roles in zip(layout.stacks, layout.roles, strict=True)
+        for names in roles.values()
+        for name in names
+    )
+
+
+def _name_of(model: nn.Module, wanted: nn.Module | None) -> str:
+    return next((name for name, module in model.named_modules() if wanted is not None and module is wanted), "")

@@ -1,0 +1,291 @@
+"""Pretrained models: found by name, loaded for a task at a precision, built empty for planning, and saved."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from edgepeft import anatomy, catalog, precision
+from edgepeft.errors import EdgePeftError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+TASKS = ("classification", "causal-lm", "seq2seq")
+_POSITIONS = ("max_position_embeddings", "n_positions")  # T5 has n_positions too, but its positions are relative
+_LOADERS = {
+    "classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: a folder, a GGUF file, an entry of the offline catalogue, or a hub id.
+
+    Attributes:
+        name: what the user wrote.
+        location: folder or hub id that transformers loads from.
+        gguf: file name in ``location`` when the weights are GGUF.
+        known: the catalogue's config fields, if it has them.
+    """
+
+    name: str
+    location: str
+    gguf: str | None = None
+    known: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A model ready for a method: frozen, in evaluation mode, its linears packed if the precision says so.
+
+    Attributes:
+        fresh: dotted names of parameters that were initialised at random because the checkpoint has none (a new
+            classifier head): every method must train them.
+    """
+
+    model: PreTrainedModel
+    anatomy: anatomy.Anatomy
+    task: str
+    precision: str
+    fresh: frozenset[str]
+
+
+def resolve(name: str) -> Source:
+    """Find out what ``name`` means, without a network.
+
+    Raises:
+        UsageError: a path that holds no model.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"There is no file {name}.", "", "Give the path of a GGUF file.")
+        return Source(name, str(path.parent), gguf=path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(
+                f"The folder {name} holds no model.",
+                "It has no config.json.",
+                "Give a folder written by save_pretrained, a GGUF file, a catalogue name or a hub id.",
+            )
+        return Source(name, name)
+    entry = catalog.entry(name)
+    if entry is not None:
+        fields = {key: value for key, value in entry.items() if not key.startswith("_")}
+        return Source(name, entry["_edgepeft"]["hub_id"], known=fields)
+    if name.startswith((".", "/")) or name.count("/") != 1:
+        raise UsageError(
+            f"There is no model {name!r}.",
+            "It is neither a folder, nor a GGUF file, nor in the catalogue, nor a hub id (owner/name).",
+            nearest(name, catalog.names()),
+        )
+    return Source(name, name)
+
+
+def config(source: Source, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's configuration; from the catalogue when it is there, so that planning works offline."""
+    from transformers import AutoConfig
+
+    if source.known is not None:
+        fields = dict(source.known)
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with _refusing_unloadable(source):
+        return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **_gguf(source))
+
+
+def tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """The model's fast tokenizer.
+
+    Raises:
+        UsageError: it has none that the ``tokenizers`` library can run, which the device needs.
+    """
+    from transformers import AutoTokenizer
+
+    with _refusing_unloadable(source):
+        loaded = AutoTokenizer.from_pretrained(
+            source.location, trust_remote_code=trust_remote_code, **_gguf(source)
+        )
+    if not loaded.is_fast:
+        raise UsageError(
+            f"The tokenizer of {source.name} is not a fast one.",
+            "On the device only the tokenizers library runs it.",
+            "Convert it to a tokenizer.json first.",
+        )
+    return loaded
+
+
+def default_task(configuration: PretrainedConfig) -> str:
+    """What a model of this architecture is usually tuned for."""
+    if configuration.is_encoder_decoder:
+        return "seq2seq"
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+    decodes = configuration.model_type in DECODERS and configuration.model_type not in ENCODERS
+    return "causal-lm" if decodes else "classification"
+
+
+def positions(configuration: PretrainedConfig) -> int | None:
+    """The longest sequence the model can read, or None when its positions are relative and unbounded (T5)."""
+    if configuration.model_type in ("t5", "mt5", "umt5"):
+        return None
+    found = next((getattr(configuration, name) for name in _POSITIONS if getattr(configuration, name, None)), None)
+    # RoBERTa counts its positions from pad_token_id + 1
+    offset = configuration.pad_token_id + 1 if configuration.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    return None if found is None else found - offset
+
+
+def load(
+    source: Source,
+    *,
+    task: str,
+    at: str,
+    device: str = "cpu",
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> Backbone:
+    """Load a model for ``task`` at precision ``at``, frozen, on ``device``.
+
+    The seed decides what a classifier head that the checkpoint lacks starts as.
+
+    Raises:
+        UsageError: the model cannot be had, has no such task, or is of an unknown architecture.
+    """
+    import transformers
+
+    precision.check(at)
+    dtype = precision.compute_dtype(at)
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **_gguf(source)}
+    if labels is not None:
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {label: number for number, label in enumerate(labels)}
+    loader = getattr(transformers, _LOADERS[task])
+    with _refusing_unloadable(source), _quietly():
+        model, info = loader.from_pretrained(source.location, output_loading_info=True, **options)
+    if source.gguf:
+        model = _without_gguf_traces(model, dtype)
+    return _prepare(model, task, at, device, frozenset(info["missing_keys"]))
+
+
+def skeleton(configuration: PretrainedConfig, *, task: str, at: str, labels: int = 2) -> Backbone:
+    """The same as ``load`` without weights; call it under a fake-tensor mode or on the meta device, for planning."""
+    import transformers
+
+    configuration.num_labels = labels
+    loader = getattr(transformers, _LOADERS[task])
+    try:
+        model = loader.from_config(configuration, dtype=precision.compute_dtype(at))
+    except ValueError as error:
+        raise UsageError(
+            f"A {configuration.model_type} model cannot be built for {task}.",
+            str(error).splitlines()[0],
+            f"Its usual task is {default_task(configuration)}.",
+        ) from error
+    base = {id(parameter) for parameter in model.base_model.parameters()}
+    new = (n for n, p in model.named_parameters() if id(p) not in base) if task == "classification" else ()
+    return _prepare(model, task, at, None, frozenset(new))
+
+
+def save(model: PreTrainedModel, directory: Path, tokens: PreTrainedTokenizerFast) -> None:
+    """Write a folder that ``from_pretrained`` loads, in safetensors. The model must have plain modules again."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        original = type(model)(model.config)
+    transposed = {f"{name}.weight" for name, module in original.named_modules() if isinstance(module, Conv1D)}
+    state = {
+        name: value.t().contiguous() if name in transposed else value for name, value in model.state_dict().items()
+    }
+    model.config.dtype = model.dtype
+    model.save_pretrained(directory, state_dict=state)
+    tokens.save_pretrained(directory)
+
+
+def _prepare(model: PreTrainedModel, task: str, at: str, device: str | None, fresh: frozenset[str]) -> Backbone:
+    linearize(model)
+    model.requires_grad_(False)
+    model.eval()
+    parts = anatomy.find(model)
+    if precision.is_packed(at):
+        precision.pack_where(model, at, lambda name: _may_be_packed(name, parts, model), device)
+    if device is not None:
+        model.to(device)
+    return Backbone(model, parts, task, at, fresh)
+
+
+def _may_be_packed(name: str, parts: anatomy.Anatomy, model: PreTrainedModel) -> bool:
+    """Only layers of the blocks, as everywhere in the field; and never T5's ``wo``, whose outliers do not survive it."""
+    inside = any(name.startswith(f"{block.path}.") for block in parts.blocks)
+    return inside and not (model.config.model_type in ("t5", "mt5", "umt5") and name.endswith(".wo"))
+
+
+def linearize(model: nn.Module) -> None:
+    """GPT-2 keeps its linears transposed (``Conv1D``); make them ``nn.Linear``, so that methods see one kind."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            with torch.device("meta"):
+                linear = nn.Linear(module.nx, module.nf)
+            linear.weight = nn.Parameter(module.weight.detach().t().contiguous())
+            linear.bias = module.bias
+            model.set_submodule(name, linear)
+
+
+def _without_gguf_traces(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """transformers marks a model read from GGUF as quantised and refuses to save it; the tensors themselves are plain."""
+    config = type(model.config).from_dict(
+        {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    )
+    plain = type(model)._from_config(config, dtype=dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _gguf(source: Source) -> dict[str, str]:
+    return {"gguf_file": source.gguf} if source.gguf else {}
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """transformers reports a new classifier head at length; edgepeft trains it, so there is nothing to warn of."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _refusing_unloadable(source: Source) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise EdgePeftError(
+            f"The weights of {source.name} are damaged.", str(error), "Fetch the model again."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"The model {source.name!r} could not be loaded.",
+            str(error).strip().splitlines()[0],
+            f"Check the name, the task and the network. {nearest(source.name, catalog.names())}",
+        ) from error

@@ -1,0 +1,110 @@
+"""Files to rows: one at a time, each with the place it came from, so that an error can point at it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from edgepeft.errors import UsageError
+
+Row = tuple[str, dict[str, Any]]
+"""Where a row stands, e.g. ``train.jsonl, line 17``, and its values by column name."""
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def rows(path: Path) -> Iterator[Row]:
+    """The rows of a file with one of :data:`SUFFIXES`, never more than a few in memory.
+
+    Raises:
+        UsageError: a row is malformed (the message has file and line), or the file cannot be read.
+    """
+    readers = {".jsonl": _json_lines, ".json": _json_lines, ".csv": _csv, ".parquet": _parquet}
+    try:
+        yield from readers[path.suffix.lower()](path)
+    except PermissionError as error:
+        raise UsageError(f"{path} cannot be read.", error.strerror or "", "Check who may read the file.") from error
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise _malformed(where, f"It is not a JSON object on one line: {error}.") from error
+        if not isinstance(value, dict):
+            raise _malformed(where, f"Expected one JSON object per line, found {_described(value)}.")
+        yield where, value
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    # The csv module refuses fields above 128 KiB unless told otherwise; the limit is a setting of the whole process.
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        # strict: an unclosed quote would otherwise swallow the rest of the file into one field without a word.
+        reader = csv.reader((line for _, line in _lines(path)), strict=True)
+        names: list[str] | None = None
+        while True:
+            where = f"{path}, line {reader.line_num + 1}"
+            try:
+                values = next(reader, None)
+            except csv.Error as error:
+                raise _malformed(where, f"It is not CSV: {error}.") from error
+            if values is None:
+                return
+            if not values:
+                continue
+            if names is None:
+                names = values
+                if len(set(names)) < len(names) or "" in names:
+                    raise _malformed(where, f"The header must name every column once; it is {names}.")
+                continue
+            if len(values) != len(names):
+                raise _malformed(where, f"It has {len(values)} fields; the header names {len(names)}.")
+            yield where, dict(zip(names, values, strict=True))
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", value
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(
+            f"{path} cannot be read after row {number}.",
+            f"It is not a whole parquet file: {error}.",
+            "Write or fetch the file again.",
+        ) from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers from 1 and lines with their line ends, decoded one by one so that bad bytes have a line number."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise _malformed(f"{path}, line {number}", f"It is not UTF-8: {error.reason}.") from error
+
+
+def _malformed(where: str, cause: str) -> UsageError:
+    return UsageError(f"{where}: the row is malformed.", cause, "Correct the row or delete it.")
+
+
+def _described(value: Any) -> str:
+    kinds = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a truth value"}
+    return kinds.get(type(value), "null")

@@ -1,0 +1,134 @@
+"""What the user named (a file, a folder, a hub data set) as rows to train on and perhaps rows to validate on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from edgepeft.data.read import SUFFIXES, Row, rows
+from edgepeft.errors import UsageError, nearest
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that can be read again. ``key`` changes when they may have changed."""
+
+    name: str
+    key: tuple[Any, ...]
+    read: Callable[[], Iterator[Row]]
+
+    def first(self) -> Row:
+        """The first row.
+
+        Raises:
+            UsageError: there is none.
+        """
+        for row in self.read():
+            return row
+        raise UsageError(f"{self.name} holds no data.", "There is not a single row in it.", "Check the file.")
+
+
+def sources(source: str, validation: str | None) -> tuple[Source, Source | None]:
+    """The rows named by ``source``, and those to validate on if there are any.
+
+    Args:
+        source: a file, a folder with ``train.*`` (and perhaps ``validation.*``), or a hub data set ``name`` or
+            ``name:config``.
+        validation: the same for validation: a file, or a folder or hub data set that has a validation split.
+
+    Raises:
+        UsageError: nothing of that name, an unknown kind of file, or no split of that kind.
+    """
+    found = _splits(source)
+    if validation is None:
+        return found["train"], found.get("validation")
+    other = _splits(validation)
+    if Path(validation).is_file():
+        return found["train"], other["train"]
+    if "validation" not in other:
+        raise UsageError(
+            f"{validation} has no validation split.",
+            f"It has {', '.join(other)}.",
+            "Name a file to validate on, or leave the choice of a validation split to edgepeft.",
+        )
+    return found["train"], other["validation"]
+
+
+def _splits(source: str) -> dict[str, Source]:
+    path = Path(source)
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise UsageError(
+                f"{path} is not a data file edgepeft can read.",
+                f"Its name ends in {path.suffix or 'nothing'}; known are {', '.join(SUFFIXES)}.",
+                "Convert it, for instance to one JSON object per line in a file named .jsonl.",
+            )
+        return {"train": _files(str(path), [path])}
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", source) or path.suffix.lower() in SUFFIXES:
+        siblings = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+        remedy = nearest(path.name, siblings) if 0 < len(siblings) < 100 else "Check the path."
+        raise UsageError(f"There is no file or folder {source}.", "", remedy)
+    return _hub(source)
+
+
+def _files(name: str, paths: list[Path]) -> Source:
+    states = [(path, path.stat()) for path in paths]
+    key = tuple((str(path.resolve()), state.st_size, state.st_mtime_ns) for path, state in states)
+    return Source(name, key, lambda: chain.from_iterable(rows(path) for path in paths))
+
+
+def _folder(folder: Path) -> dict[str, Source]:
+    """The splits of a folder: ``train.jsonl``, ``validation.csv``, ``train-00000-of-00002.parquet`` and the like."""
+    splits = {}
+    for split in ("train", "validation"):
+        paths = sorted(p for p in folder.glob(f"{split}[.-]*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if paths:
+            splits[split] = _files(str(folder), paths)
+    if "train" not in splits:
+        raise UsageError(
+            f"{folder} has no training data.",
+            f"It should hold a file train with one of the endings {', '.join(SUFFIXES)}.",
+            "Rename the file, or name it instead of the folder.",
+        )
+    return splits
+
+
+def _hub(source: str) -> dict[str, Source]:
+    name, _, config = source.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, config or None)
+    except Exception as error:  # the hub client raises many unrelated types: network, parsing, permission, missing
+        raise UsageError(
+            f"The data set {source} could not be loaded.",
+            f"There is no file or folder of that name here, and the hub says: {error}",
+            "Check the name and the network, or give a local file (.jsonl, .csv, .parquet).",
+        ) from error
+    if "train" not in loaded:
+        raise UsageError(
+            f"The data set {source} has no train split.", f"It has {', '.join(loaded)}.", "Choose another."
+        )
+    return {
+        split: Source(
+            f"{source} ({split})", (source, split, loaded[split]._fingerprint), partial(_named, source, loaded[split])
+        )
+        for split in ("train", "validation")
+        if split in loaded
+    }
+
+
+def _named(source: str, table: datasets.Dataset) -> Iterator[Row]:
+    """Rows of a hub data set, its class numbers replaced by their names (-1 stands for none)."""
+    classes = {name: kind for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
+    for number, row in enumerate(table, 1):
+        for column, kind in classes.items():
+            row[column] = kind.int2str(row[column]) if row[column] not in (None, -1) else None
+        yield f"{source} ({table.split}), row {number}", row

@@ -1,0 +1,57 @@
+"""What the data asks of a tokenizer, and what identifies it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from transformers import PreTrainedTokenizerBase
+
+from edgepeft.errors import UsageError
+
+
+def check(
+    tokenizer: PreTrainedTokenizerBase, task: str, max_tokens: int, max_target_tokens: int, fraction: float
+) -> None:
+    """Refuse settings with which no example could be encoded."""
+    if not tokenizer.is_fast:
+        raise UsageError(
+            "The model's tokenizer has no fast version.",
+            "The device runs tokenizers from a tokenizer.json, and training must see the same tokens.",
+            "Choose a model that has a tokenizer.json.",
+        )
+    if task != "classification" and tokenizer.eos_token_id is None:
+        raise UsageError(
+            "The model's tokenizer has no eos token.",
+            "Without one, a model cannot learn where an answer ends.",
+            "Set eos_token in the model's tokenizer_config.json, or choose another model.",
+        )
+    if task == "seq2seq" and tokenizer.pad_token_id is None:
+        raise UsageError(
+            "The model's tokenizer has no pad token.",
+            "The decoder of a T5 starts with it.",
+            "Set pad_token in the model's tokenizer_config.json.",
+        )
+    least = 3 if task == "causal-lm" else tokenizer.num_special_tokens_to_add() + 1
+    if max_tokens < least or max_target_tokens < 1:
+        raise UsageError(
+            f"At most {max_tokens} tokens, and {max_target_tokens} of a target, leave no room for an example.",
+            f"The task {task} needs {least} tokens or more with this tokenizer, and targets need 1.",
+            "Allow more tokens.",
+        )
+    if not 0 < fraction < 1:
+        raise UsageError(
+            f"{fraction} is no share of the examples to validate on.", "It must be above 0 and below 1.", "Try 0.1."
+        )
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Changes with whatever changes the tokens of a text; padding and truncation do not, each call sets them."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Padding is masked, so any token will do where there is none for it."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

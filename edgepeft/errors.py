@@ -1,0 +1,40 @@
+"""What a user is told when something cannot be done: the fact, the cause, the next step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EdgePeftError(Exception):
+    """Work that failed for a reason a user can act on. The command line prints it without a traceback and exits with 1.
+
+    Args:
+        fact: what is so, e.g. ``train.jsonl has a malformed row at line 17``.
+        cause: why it is so, e.g. ``expected a JSON object, found a list``.
+        remedy: what to do next, e.g. ``fix or delete the line``.
+    """
+
+    exit_code = 1
+
+    def __init__(self, fact: str, cause: str = "", remedy: str = "") -> None:
+        super().__init__(fact)
+        self.fact = fact
+        self.cause = cause
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return "\n".join(part for part in (self.fact, self.cause, self.remedy) if part)
+
+
+class UsageError(EdgePeftError):
+    """Input that is refused before work starts. Exit code 2."""
+
+    exit_code = 2
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A remedy that names the entries of ``known`` closest to ``name``, or all of them when none is close."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"Did you mean {', '.join(close)}?" if close else f"Known: {', '.join(names)}."

@@ -1,0 +1,56 @@
+"""What happens while a run trains: events.jsonl, a progress bar and the machine's memory."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from edgepeft.files import write_text
+
+
+class EventLog:
+    """Appends one JSON object a line; every line is on its way to the disk when ``write`` returns.
+
+    Args:
+        path: of events.jsonl.
+        resumed_at: the step a resumed run goes on from; events of later steps will happen again and are removed.
+    """
+
+    def __init__(self, path: Path, resumed_at: int | None = None) -> None:
+        kept = [] if resumed_at is None else [event for event in read(path) if event.get("step", 0) <= resumed_at]
+        write_text(path, "".join(json.dumps(event) + "\n" for event in kept if event["event"] != "end"))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, event: str, step: int, **details: Any) -> None:
+        """Append an event."""
+        line = json.dumps({"event": event, "step": step, "time": round(time.time(), 3), **details})
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All whole events of a file; a last line cut short by a kill is left out."""
+    events = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                continue
+    return events
+
+
+def memory_bytes(device: torch.device) -> int:
+    """What this process holds now: allocated on a CUDA device, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

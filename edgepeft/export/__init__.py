@@ -1,0 +1,1 @@
+"""From a torch model to ONNX graphs: export, quantise, and prove that nothing was lost on the way."""

@@ -1,0 +1,162 @@
+"""Ladder Side-Tuning: a narrow network beside a frozen backbone, so that nothing is backpropagated through the backbone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgepeft.anatomy import Anatomy, Block, is_norm
+from edgepeft.errors import UsageError
+from edgepeft.methods.base import Method, NotMergeable, Paper
+from edgepeft.placements import ladder, selection
+from edgepeft.precision import PackedLinear
+
+
+@dataclass(frozen=True, kw_only=True)
+class LST(Method):
+    """The backbone may be packed and runs without a graph; the side network starts as a pruned copy of it and adds nothing at first.
+
+    Not in the paper: its state is added to the backbone's last hidden states through a zero-initialised projection, so that
+    training starts exactly at the backbone, also where there is no generation head to share (classifiers).
+    """
+
+    paper = Paper("LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", 2022, "2206.06522")
+    kind = "additive"
+    merges = False
+    learning_rate = 2e-3
+
+    reduction: int = 8
+    """How many times narrower the side network is than the backbone; at least 4."""
+    layers: float = 0.5
+    """Share of the backbone's layers that have a side layer, evenly spaced."""
+
+    def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
+        config: Any = model.config
+        before = {id(parameter) for parameter in model.parameters()}
+        stacks = [[b for b in anatomy.blocks if b.stack == number] for number in range(len(anatomy.stacks))]
+        self._check(model, stacks)
+        kept = [_important_features(model, blocks, self.reduction) for blocks in stacks]
+        for number, blocks in enumerate(stacks):
+            owner: Any = model.get_submodule(anatomy.stacks[number].owner)
+            self._build(model, owner.config if "config" in vars(owner) else config, blocks, kept[number], kept[0])
+            if number + 1 < len(stacks):
+                rails = model.get_submodule(blocks[0].path).get_submodule("entry").ladder
+                norm = next(m for m in owner.children() if is_norm(m))
+                like = next(norm.parameters())
+                ladder.bridge(norm, ladder.Bridge(rails, _norm(len(kept[number]), like)))
+        selection.train(model, [name for name, p in model.named_parameters() if id(p) not in before])
+
+    def merge(self, model: nn.Module) -> None:
+        raise NotMergeable(
+            "lst cannot be merged into the backbone.",
+            "The side network is a second network beside it, not a change of its weights.",
+            "It is exported to ONNX together with the backbone.",
+        )
+
+    def _check(self, model: nn.Module, stacks: list[list[Block]]) -> None:
+        query = model.get_submodule(stacks[0][0].linears["ffn_in"][0])
+        if self.reduction < 4 or query.in_features % self.reduction:
+            raise UsageError(
+                f"lst: a reduction of {self.reduction} does not fit this model.",
+                f"It must be at least 4 and divide the hidden size, {query.in_features}.",
+                "The paper uses 8.",
+            )
+
+    def _build(self, model: nn.Module, config: Any, blocks: list[Block], features: Tensor, source: Tensor) -> None:
+        """One ladder beside one stack. ``features``: the backbone's hidden features it starts with; ``source``: the encoder's."""
+        rails = ladder.Ladder()
+        wanted = max(1, round(len(blocks) * self.layers))
+        chosen = [(number + 1) * len(blocks) // wanted - 1 for number in range(wanted)]
+        first = model.get_submodule(blocks[0].path)
+        reference = next(p for p in first.parameters() if p.is_floating_point())
+        width = _width(model, blocks[0])
+        place = {"device": reference.device, "dtype": reference.dtype}
+        ladder.enter(first, ladder.Entry(rails, _selecting(width, features, place)))
+        for number, block in enumerate(blocks):
+            layer = model.get_submodule(block.path)
+            if "cross_query" in block.linears:
+                ladder.split_widening(layer, rails, model.get_submodule(block.linears["cross_key"][0]).in_features)
+            if number not in chosen:
+                continue
+            side = ladder.narrow_layer(layer, config, self.reduction, number, reference)
+            _prune(layer, side, block, features, source, self.reduction)
+            order = len(blocks) + chosen.index(number)
+            rung = ladder.Rung(rails, side, _selecting(width, features, place), self.reduction, order)
+            top = None
+            if number == chosen[-1]:
+                if block.stack == 0 and "cross_query" not in block.linears and model.config.is_encoder_decoder:
+                    pass  # an encoder hands its side states to the decoder's ladder instead
+                else:
+                    up = nn.Linear(len(features), width, bias=False, **place)
+                    nn.init.zeros_(up.weight)
+                    top = ladder.Top(_norm(len(features), reference), up)
+            ladder.step_beside(layer, rung, top)
+
+
+def _width(model: nn.Module, block: Block) -> int:
+    return model.get_submodule(block.linears["ffn_in"][0]).in_features  # type: ignore[return-value]
+
+
+def _norm(width: int, like: Tensor) -> nn.LayerNorm:
+    return nn.LayerNorm(width, device=like.device, dtype=like.dtype)
+
+
+def _selecting(width: int, features: Tensor, place: dict[str, Any]) -> nn.Linear:
+    """A projection (width → len(features)) that starts by picking ``features``."""
+    linear = nn.Linear(width, len(features), **place)
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.weight[torch.arange(len(features), device=linear.weight.device), features] = 1
+        linear.bias.zero_()
+    return linear
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    return (linear.dequantize() if isinstance(linear, PackedLinear) else linear.weight).detach().float()  # type: ignore
+
+
+def _largest(importance: Tensor, count: int) -> Tensor:
+    return importance.topk(count).indices.sort().values
+
+
+def _important_features(model: nn.Module, blocks: list[Block], reduction: int) -> Tensor:
+    """The hidden features that the stack's feed-forward layers read with the largest weights (L1), ascending."""
+    importance = sum(_weight(model.get_submodule(n)).abs().sum(0) for b in blocks for n in b.linears["ffn_in"])
+    assert isinstance(importance, Tensor)
+    return _largest(importance, len(importance) // reduction)
+
+
+def _prune(layer: nn.Module, side: nn.Module, block: Block, features: Tensor, source: Tensor, stride: int) -> None:
+    """Copy into ``side`` the part of ``layer`` that belongs to its features.
+
+    Hidden features are ``features`` (the encoder's, ``source``, where cross-attention reads); feed-forward features those
+    written with the largest weights; of each head every stride-th dimension, which keeps rotary frequencies what they were.
+    """
+    local = {name.removeprefix(f"{block.path}."): role for role, names in block.linears.items() for name in names}
+    out = _weight(layer.get_submodule(block.linears["ffn_out"][0].removeprefix(f"{block.path}.")))
+    inner = _largest(out.abs().sum(0), out.shape[1] // stride)
+    for name, role in local.items():
+        wide, narrow = layer.get_submodule(name), side.get_submodule(name)
+        weight = _weight(wide)
+        rows = {"ffn_in": inner}.get(role, features if role.endswith(("output", "ffn_out")) else None)
+        columns = {"ffn_out": inner, "cross_key": source, "cross_value": source}.get(role, features)
+        if role.endswith("output"):
+            columns = torch.arange(0, weight.shape[1], stride, device=weight.device)
+        if rows is None:
+            rows = torch.arange(0, weight.shape[0], stride, device=weight.device)
+        elif role == "ffn_in" and weight.shape[0] > out.shape[1]:  # gate and up fused in one layer
+            rows = torch.cat([rows, rows + out.shape[1]])
+        with torch.no_grad():
+            narrow.weight.copy_(weight[rows][:, columns])
+            if narrow.bias is not None:
+                narrow.bias.copy_(wide.bias.detach()[rows])
+    for name, norm in side.named_modules():
+        if is_norm(norm):
+            for leaf, value in norm.named_parameters():
+                old = layer.get_submodule(name).get_parameter(leaf).detach()
+                hidden = len(value) == len(features) and len(old) == len(features) * stride
+                with torch.no_grad():
+                    value.copy_(old[features] if hidden else old[:: len(old) // len(value)])

@@ -1,0 +1,1 @@
+"""The few ways in which methods reach into a backbone, each written once."""

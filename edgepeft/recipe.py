@@ -1,0 +1,194 @@
+"""The frozen choice of everything that decides a run, and its file, recipe.toml."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+from edgepeft.errors import UsageError, nearest
+from edgepeft.files import write_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What ``edgepeft run`` does. Everything but ``model`` and ``data`` has a default; what is None is chosen by the plan."""
+
+    model: str
+    """A folder, a GGUF file, a name of the catalogue or a hub id."""
+    data: str
+    """A .jsonl, .csv or .parquet file, a folder with train and validation files, or a data set of the hub."""
+    task: str | None = None
+    """classification, causal-lm or seq2seq; read from the data's columns when not given."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Which columns are text, label, prompt, completion, input, target or messages, where they are named otherwise."""
+    validation: str | None = None
+    """A file or split to validate on; otherwise a share of the data is kept for it."""
+    validation_fraction: float = 0.1
+    """That share."""
+    validation_limit: int = 500
+    """Examples of the validation split that an evaluation uses at most."""
+    max_tokens: int = 512
+    """Longer examples are cut."""
+    max_target_tokens: int = 128
+    """Longer targets are cut (seq2seq)."""
+
+    hardware: str = "auto"
+    """A profile, a file with one, or auto for this machine."""
+    method: str | None = None
+    """A method's name, or the dotted path of one of your own."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The method's hyper-parameters; `edgepeft methods NAME` lists them."""
+    precision: str | None = None
+    """fp32, bf16, int8 or nf4."""
+    microbatch: int | None = None
+    """Examples in one forward pass."""
+    checkpointing: bool | None = None
+    """Whether activations are computed again in backward instead of kept."""
+
+    global_batch: int = 16
+    """Examples of one update, whatever the microbatch."""
+    epochs: float = 1.0
+    """Times the training data is seen."""
+    max_steps: int | None = None
+    """Updates after which training ends, if it has not before."""
+    lr: float | None = None
+    """Highest learning rate; the method's own when not given."""
+    schedule: str = "cosine"
+    """How the rate falls after the warm-up: cosine or linear, to zero."""
+    warmup: float = 0.05
+    """Share of the updates over which the rate rises from zero."""
+    weight_decay: float = 0.0
+    """AdamW's decay of matrices."""
+    clip_norm: float = 1.0
+    """Largest global norm of a gradient."""
+    evaluations: int = 4
+    """Evaluations and checkpoints over the run; the best adapter is kept."""
+    patience: int | None = None
+    """Evaluations in a row without improvement after which training stops early."""
+    seed: int = 0
+    """Of everything random: data order, split, initialisation, dropout."""
+
+    variants: tuple[str, ...] = ("int8",)
+    """ONNX precisions that are made besides fp32; the smallest one that keeps the fine-tune goes to the device."""
+    trust_remote_code: bool = False
+    """Run code that a model repository brings along."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(Recipe)
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if not _fits(value, hints[entry.name]):
+                raise UsageError(
+                    f"recipe: {entry.name} = {value!r} is not of the right type.",
+                    f"Expected {_described(hints[entry.name])}.",
+                    "",
+                )
+        for name in ("max_tokens", "global_batch", "epochs", "validation_limit", "evaluations", "clip_norm", "microbatch"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UsageError(f"recipe: {name} = {value} must be positive.", "", "")
+        if not 0 <= self.warmup < 1 or not 0 < self.validation_fraction < 1:
+            raise UsageError("recipe: warmup and validation_fraction are shares between 0 and 1.", "", "")
+        for value, known in ((self.schedule, ("cosine", "linear")), *((v, ("fp32", "int8", "int4")) for v in self.variants)):
+            if value not in known:
+                raise UsageError(f"recipe: {value!r} is not known here.", "", nearest(value, known))
+
+
+def create(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain values, as read from TOML.
+
+    Raises:
+        UsageError: a key that recipes do not have, a missing one, or a value of another type.
+    """
+    known = {entry.name for entry in dataclasses.fields(Recipe)}
+    for name in values:
+        if name not in known:
+            raise UsageError(f"recipe: there is no {name!r}.", "", nearest(name, known))
+    for name in ("model", "data"):
+        if name not in values:
+            raise UsageError(f"recipe: {name} is missing.", "", f"Give --{name}, or {name} = ... in the recipe file.")
+    return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The values of a recipe file.
+
+    Raises:
+        UsageError: there is no such file, or it is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"There is no recipe {path}.", "", "`edgepeft plan --recipe FILE` writes one.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"The recipe {path} cannot be read.", str(error), "Recipes are TOML files.") from error
+
+
+def assign(values: dict[str, Any], setting: str) -> None:
+    """Set ``key=value`` or ``options.key=value``, with the value in TOML; a bare word is a string.
+
+    Raises:
+        UsageError: there is no ``=``.
+    """
+    key, found, text = setting.partition("=")
+    if not found:
+        raise UsageError(f"--set {setting} is not of the form key=value.", "", "For example: --set options.rank=16")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+    values[leaf] = value
+
+
+def write(recipe: Recipe, path: Path) -> None:
+    """Write recipe.toml, with a comment for every key."""
+    write_text(path, dumps(recipe))
+
+
+def dumps(recipe: Recipe) -> str:
+    """A recipe as TOML. Tables come last, as TOML wants it."""
+    plain, tables = [], []
+    for entry in dataclasses.fields(recipe):
+        value = getattr(recipe, entry.name)
+        if isinstance(value, Mapping):
+            if value:
+                lines = [f"{_key(key)} = {_toml(item)}" for key, item in value.items()]
+                tables.append("\n".join([f"[{entry.name}]", *lines]))
+        elif value is not None:
+            plain.append(f"{entry.name} = {_toml(value)}")
+    return "\n".join(plain) + "\n" + "".join(f"\n{table}\n" for table in tables)
+
+
+def _key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)  # TOML writes strings, numbers and booleans as JSON does
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    origin = typing.get_origin(hint) or hint
+    return isinstance(value, Mapping if origin is not tuple and hint not in (str, bool, type(None)) else origin)
+
+
+def _described(hint: Any) -> str:
+    return str(hint).replace("<class '", "").replace("'>", "")

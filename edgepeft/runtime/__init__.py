@@ -1,0 +1,1 @@
+"""Inference on the device: onnxruntime, tokenizers and numpy, never torch or transformers."""

@@ -1,0 +1,104 @@
+"""The training step: forward, loss, backward, update. ``train`` runs it on real tensors, ``trace`` on fake ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgepeft.cross_entropy import linear_cross_entropy
+
+Batch = Mapping[str, Tensor]
+
+
+def targets(batch: Batch) -> Tensor:
+    """What the loss counts: labels (batch,) of a classifier, or the answer tokens (answers,)."""
+    return batch["labels"] if "labels" in batch else batch["target_ids"]
+
+
+def inputs(batch: Batch) -> dict[str, Tensor]:
+    """The part of a batch that a model's forward takes."""
+    names = ("input_ids", "attention_mask", "decoder_input_ids")
+    return {name: batch[name] for name in names if name in batch}
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy in nats, summed over the batch's targets. Token logits exist only at target positions, a chunk at a time."""
+    if "labels" in batch:
+        logits = model(**inputs(batch)).logits
+        return F.cross_entropy(logits.float(), batch["labels"], reduction="sum")
+    hidden = answer_states(model, batch)
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    return linear_cross_entropy(hidden, head.weight, head.bias, batch["target_ids"], softcap)
+
+
+def answer_states(model: nn.Module, batch: Batch) -> Tensor:
+    """The states (answers, hidden) from which the head predicts the batch's answer tokens."""
+    with _without_head(model):
+        hidden = model(**inputs(batch), use_cache=False).logits
+    return hidden.flatten(0, 1).index_select(0, batch["target_positions"])
+
+
+@contextlib.contextmanager
+def _without_head(model: Any) -> Iterator[None]:
+    """Let the model return what its head would have read: families scale or normalise it differently before the head."""
+    head, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+    head.forward = lambda hidden: hidden
+    if softcap is not None:
+        model.config.final_logit_softcapping = None
+    try:
+        yield
+    finally:
+        del head.forward
+        if softcap is not None:
+            model.config.final_logit_softcapping = softcap
+
+
+class TrainingStep:
+    """One update from one or more microbatches, with the loss averaged over all their targets together.
+
+    Args:
+        clip_norm: largest global norm of the gradients; None where gradients are gone by the end of backward.
+        backward: runs backward on a loss (accelerate's in training); the loss's own when not given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float | None,
+        backward: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.clip_norm = clip_norm
+        self.run_backward = backward or (lambda loss: loss.backward())
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def backward(self, microbatches: Sequence[Batch], lr: float) -> Tensor:
+        """Leave the gradients of the mean loss in place and return that loss, a scalar on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        count = sum(targets(batch).numel() for batch in microbatches)
+        device = self.trained[0].device
+        total = torch.zeros((), device=device)
+        for batch in microbatches:
+            loss = loss_sum(self.model, {name: value.to(device) for name, value in batch.items()}) / count
+            self.run_backward(loss)
+            total += loss.detach()
+        return total
+
+    def update(self) -> Tensor | None:
+        """Apply the gradients and free them. Returns their norm before clipping."""
+        norm = None
+        if self.clip_norm is not None:
+            norm = nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm

@@ -1,0 +1,172 @@
+"""Run a step on fake tensors and count the bytes it holds at each moment, by phase and by kind."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from edgepeft import cuda_semantics
+
+KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "temporaries")
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment of a phase at which most is held: bytes in all and by kind."""
+
+    peak_bytes: int
+    bytes: Mapping[str, int]
+
+
+@dataclass
+class _Phase:
+    """Allocations (uid > 0) and frees (uid < 0) of one phase in order, after what was held when it began."""
+
+    held: list[int]
+    events: list[int] = field(default_factory=list)
+
+
+class Tracker(TorchDispatchMode):
+    """Follows every storage from its birth to its death, on fake tensors or real ones.
+
+    A storage is counted once, however many tensors view it, rounded up as the device's allocator does. Kinds:
+    ``weights`` and ``adapter`` are named by the caller (``label``), ``gradients`` and ``optimizer`` are recognised,
+    ``activations`` are what forward leaves alive when backward begins, ``temporaries`` is the rest.
+
+    Args:
+        cuda: round and count workspaces as a CUDA device does.
+    """
+
+    def __init__(self, *, cuda: bool) -> None:
+        super().__init__()
+        self.cuda = cuda
+        self.phases: dict[str, _Phase] = {}
+        self._phase: _Phase | None = None
+        self._uid = 0
+        self._uid_of: dict[int, int] = {}  # live storages by address
+        self._bytes: dict[int, int] = {}
+        self._kind: dict[int, str] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # more than half of all calls, and none allocates
+            return args[0].fake_device
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf)
+        if self.cuda and (hidden := cuda_semantics.workspace_bytes(func, args)):
+            self._record(uid := self._born(hidden))
+            self._record(-uid)
+        return result
+
+    def label(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Say what the storages of ``tensors`` are for. The first label a storage gets is kept."""
+        for tensor in tensors:
+            self._kind.setdefault(self._follow(tensor), kind)
+
+    def label_model(self, model: nn.Module, adapter: Iterable[Tensor]) -> None:
+        """Label a model's parameters and buffers, and recognise its gradients from now on."""
+        self.label(adapter, "adapter")
+        self.label([*model.parameters(), *model.buffers()], "weights")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._label_gradient)
+
+    def label_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Label an optimizer's states; call it at the end of a phase that created some."""
+        states = (value for state in optimizer.state.values() for value in state.values())
+        self.label((value for value in states if isinstance(value, Tensor)), "optimizer")
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Attribute what happens inside to the phase ``name``; the last one of a name is kept."""
+        self._phase = self.phases[name] = _Phase(list(self._uid_of.values()))
+        backward = Tensor.backward
+
+        def marked(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            for uid in self._uid_of.values():
+                self._kind.setdefault(uid, "activations")
+            backward(loss, *args, **kwargs)
+
+        Tensor.backward = marked  # type: ignore[method-assign]
+        try:
+            with self:
+                yield
+        finally:
+            Tensor.backward = backward  # type: ignore[method-assign]
+            self._phase = None
+
+    def peaks(self) -> dict[str, Peak]:
+        """The peak of every phase."""
+        return {name: self._peak(phase) for name, phase in self.phases.items()}
+
+    def _peak(self, phase: _Phase) -> Peak:
+        now = sum(self._bytes[uid] for uid in phase.held)
+        highest, moment = now, 0
+        for index, event in enumerate(phase.events, start=1):
+            now += self._bytes[event] if event > 0 else -self._bytes[-event]
+            if now > highest:
+                highest, moment = now, index
+        alive = set(phase.held)
+        for event in phase.events[:moment]:
+            alive.add(event) if event > 0 else alive.discard(-event)
+        kinds: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+        for uid in alive:
+            kinds[self._kind.get(uid, "temporaries")] += self._bytes[uid]
+        return Peak(highest, dict(kinds))
+
+    def _label_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._kind[self._follow(parameter.grad)] = "gradients"
+
+    def _follow(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        uid = self._uid_of.get(address)
+        if uid is None:
+            uid = self._uid_of[address] = self._born(storage.nbytes())
+            self._record(uid)
+            weakref.finalize(storage, self._died, address, uid)
+        return uid
+
+    def _born(self, size: int) -> int:
+        self._uid += 1
+        rounding = cuda_semantics.ROUNDING if self.cuda else 1
+        self._bytes[self._uid] = -(-size // rounding) * rounding
+        return self._uid
+
+    def _died(self, address: int, uid: int) -> None:
+        if self._uid_of.get(address) == uid:
+            del self._uid_of[address]
+        self._record(-uid)
+
+    def _record(self, event: int) -> None:
+        if self._phase is not None:
+            self._phase.events.append(event)
+
+
+@contextlib.contextmanager
+def fake_device(*, cuda: bool) -> Iterator[Tracker]:
+    """Tensors made inside have shapes but no data; with ``cuda`` they allocate as on a CUDA device.
+
+    Build model, optimizer and batches inside, label them, then run phases::
+
+        with fake_device(cuda=True) as tracker:
+            model, optimizer = ...
+            tracker.label_model(model, adapter=[])
+            with tracker.phase("forward+backward"):
+                ...
+        tracker.peaks()
+    """
+    with FakeTensorMode(), cuda_semantics.emulated() if cuda else contextlib.nullcontext():
+        yield Tracker(cuda=cuda)

@@ -1,0 +1,329 @@
+"""Training: microbatches to updates, evaluation, checkpoints, and an end that is the same however often it was interrupted."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from edgepeft import adapter, checkpoint, events
+from edgepeft.backbone import Backbone
+from edgepeft.data import Data
+from edgepeft.errors import EdgePeftError, UsageError
+from edgepeft.evaluate import better, evaluate
+from edgepeft.methods.base import Method
+from edgepeft.recipe import Recipe
+from edgepeft.step import Batch, TrainingStep
+from edgepeft.trace import Tracker
+
+CHECKPOINT_SECONDS = 600  # at most this much work is lost to a kill
+MEASURED_STEPS = 2  # the first has the longest batch, the second the optimizer's states as well
+
+
+class Interrupted(EdgePeftError):
+    """Ctrl-C: the run stopped after a whole step and can go on."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How training ended: where the best adapter is, its metrics, and the peak of tensor bytes that was measured."""
+
+    adapter: Path
+    metrics: dict[str, float]
+    measured_peak_bytes: int
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint remembers beside tensors."""
+
+    step: int = 0
+    best: dict[str, float] | None = None
+    best_step: int = 0
+    waited: int = 0  # evaluations since the best
+    peak_bytes: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+def steps_per_epoch(examples: int, microbatch: int, global_batch: int) -> int:
+    """Updates in one pass over the data; the last one may be smaller."""
+    return math.ceil(math.ceil(examples / microbatch) / (global_batch // microbatch))
+
+
+def total_steps(recipe: Recipe, examples: int) -> int:
+    """Updates of the whole run."""
+    assert recipe.microbatch is not None
+    steps = math.ceil(recipe.epochs * steps_per_epoch(examples, recipe.microbatch, recipe.global_batch))
+    return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
+
+
+def learning_rate(recipe: Recipe, highest: float, step: int, total: int) -> float:
+    """The rate of update ``step`` (from 1): a linear rise over the warm-up, then a cosine or linear fall towards zero."""
+    warmup = math.ceil(recipe.warmup * total)
+    if step <= warmup:
+        return highest * step / warmup
+    left = (total - step + 1) / (total - warmup + 1)
+    return highest * (0.5 * (1 - math.cos(math.pi * left)) if recipe.schedule == "cosine" else left)
+
+
+def check(recipe: Recipe, method: Method) -> None:
+    """Refuse combinations of batch sizes that cannot be trained.
+
+    Raises:
+        UsageError: see above.
+    """
+    assert recipe.microbatch is not None
+    if recipe.global_batch % recipe.microbatch:
+        raise UsageError(
+            f"A global batch of {recipe.global_batch} cannot be made of microbatches of {recipe.microbatch}.",
+            "It must be a multiple, so that every update sees as many examples.",
+            f"Try --set microbatch={math.gcd(recipe.global_batch, recipe.microbatch)}.",
+        )
+    if method.updates_in_backward and recipe.microbatch != recipe.global_batch:
+        raise UsageError(
+            f"{method.name} cannot accumulate gradients over microbatches.",
+            "It updates each layer inside backward and frees the gradient at once; that is where its saving is.",
+            f"Set global_batch to the microbatch, {recipe.microbatch}.",
+        )
+
+
+def train(
+    recipe: Recipe, backbone: Backbone, method: Method, data: Data, out: Path, *, start: dict[str, Any]
+) -> Trained:
+    """Train ``backbone`` (with ``method`` already applied) and leave the best adapter in ``out/adapter``.
+
+    Goes on from the newest checkpoint in ``out/checkpoints`` when there is one.
+
+    Args:
+        start: details for the log's first event, such as the predicted peak.
+
+    Raises:
+        EdgePeftError: the loss is not finite, gradients do not reach what is trained, or a checkpoint is damaged.
+        Interrupted: after Ctrl-C, with a checkpoint saved.
+    """
+    return _Run(recipe, backbone, method, data, out).run(start)
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, backbone: Backbone, method: Method, data: Data, out: Path) -> None:
+        check(recipe, method)
+        self.recipe, self.method, self.data, self.out = recipe, method, data, out
+        self.backbone, self.model = backbone, backbone.model
+        self.device = next(self.model.parameters()).device
+        self.accelerator = Accelerator(
+            cpu=self.device.type == "cpu", log_with="tensorboard", project_dir=str(out / "tensorboard")
+        )
+        self.rate = recipe.lr if recipe.lr is not None else method.learning_rate
+        optimizer = method.optimizer(self.model, self.rate, recipe.weight_decay)
+        clip = None if method.updates_in_backward else recipe.clip_norm
+        self.step = TrainingStep(self.model, optimizer, clip_norm=clip, backward=self.accelerator.backward)
+        self.total = total_steps(recipe, len(data.train))
+        self.interval = max(1, math.ceil(self.total / recipe.evaluations))
+        self.progress = _Progress()
+        self.interrupted = False
+        self.card = adapter.card(
+            method,
+            model=recipe.model,
+            task=backbone.task,
+            precision=backbone.precision,
+            labels=data.labels,
+            seed=recipe.seed,
+        )
+
+    def run(self, start: dict[str, Any]) -> Trained:
+        self.accelerator.init_trackers("edgepeft")
+        self.model.train()
+        if self.recipe.checkpointing:
+            self.model.activation_checkpointing_enable()
+        torch.manual_seed(self.recipe.seed)
+        newest = checkpoint.newest(self.out / "checkpoints")
+        if newest is not None:
+            self.progress = _Progress(**checkpoint.restore(newest, self.model, self.step.optimizer))
+        log = events.EventLog(self.out / "events.jsonl", self.progress.step if newest else None)
+        if newest is None:
+            log.write("start", 0, total_steps=self.total, **start)
+        else:
+            log.write("resume", self.progress.step)
+        before = signal.signal(signal.SIGINT, self._interrupt) if _in_main_thread() else None
+        try:
+            self._loop(log)
+            return self._finish(log)
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
+            log.close()
+            self.accelerator.end_training()
+
+    def _loop(self, log: events.EventLog) -> None:
+        saved = time.monotonic()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} tokens/s  {task.fields[memory]:.2f} GiB"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns) as bar:
+            shown = bar.add_task("train", total=self.total, completed=self.progress.step, loss=0.0, speed=0.0, memory=0.0)
+            for microbatches in self._remaining():
+                done = self._one(microbatches)
+                log.write("step", self.progress.step, **done)
+                self.accelerator.log({k: v for k, v in done.items() if v is not None}, step=self.progress.step)
+                bar.update(
+                    shown,
+                    advance=1,
+                    loss=done["loss"],
+                    speed=done["tokens_per_second"],
+                    memory=done["memory_bytes"] / 2**30,
+                )
+                evaluated = self.progress.step % self.interval == 0 or self.progress.step == self.total
+                if evaluated:
+                    self._evaluate(log)
+                if evaluated or self.interrupted or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    checkpoint.save(
+                        self.out / "checkpoints", self.model, self.step.optimizer, dict(vars(self.progress))
+                    )
+                    log.write("checkpoint", self.progress.step)
+                    saved = time.monotonic()
+                if self.interrupted:
+                    raise Interrupted(
+                        f"Stopped after step {self.progress.step} of {self.total}.",
+                        "You pressed Ctrl-C; the work so far is saved.",
+                        "Run the same command again to go on.",
+                    )
+                if self.recipe.patience is not None and self.progress.waited >= self.recipe.patience:
+                    break
+
+    def _remaining(self) -> Iterator[list[Batch]]:
+        """The microbatches of every update still to do. Their order follows from the recipe alone, so that a resumed run
+        sees what an uninterrupted one would have seen."""
+        size, epoch = self.recipe.microbatch, 0
+        assert size is not None
+        accumulation = self.recipe.global_batch // size
+        step = 0
+        while step < self.total:
+            order = self.data.train.microbatches(size, seed=self.recipe.seed, epoch=epoch, longest_first=epoch == 0)
+            for first in range(0, len(order), accumulation):
+                step += 1
+                if step > self.total:
+                    return
+                if step > self.progress.step:
+                    yield [_unpadded(self.data.train.collate(part)) for part in order[first : first + accumulation]]
+            epoch += 1
+
+    def _one(self, microbatches: list[Batch]) -> dict[str, Any]:
+        """One update, and what there is to say of it."""
+        started = time.perf_counter()
+        step = self.progress.step + 1
+        lr = learning_rate(self.recipe, self.rate, step, self.total)
+        if self.device.type == "cpu" and step <= MEASURED_STEPS:
+            tracker = Tracker(cuda=False)
+            tracker.label([*self.model.parameters(), *self.model.buffers()], "weights")
+            for state in self.step.optimizer.state.values():
+                tracker.label((value for value in state.values() if isinstance(value, torch.Tensor)), "optimizer")
+            with tracker.phase("step"):
+                loss, norm = self._update(microbatches, lr, step)
+            self.progress.peak_bytes = max(self.progress.peak_bytes, tracker.peaks()["step"].peak_bytes)
+        else:
+            loss, norm = self._update(microbatches, lr, step)
+        if self.device.type == "cuda":
+            self.progress.peak_bytes = max(self.progress.peak_bytes, torch.cuda.max_memory_allocated(self.device))
+        seconds = time.perf_counter() - started
+        tokens = sum(batch["input_ids"].numel() for batch in microbatches)
+        self.progress.step = step
+        self.progress.seconds += seconds
+        self.progress.tokens += tokens
+        return {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "memory_bytes": events.memory_bytes(self.device),
+        }
+
+    def _update(self, microbatches: list[Batch], lr: float, step: int) -> tuple[float, float | None]:
+        loss = float(self.step.backward(microbatches, lr))
+        if not math.isfinite(loss):
+            raise EdgePeftError(
+                f"The loss became {loss} at step {step}.",
+                f"The learning rate was {lr:.2g}; a rate too high for the method is the usual cause.",
+                f"Run with --set lr={self.rate / 3:.1g} into another folder. The last checkpoint is as it was.",
+            )
+        if step == 1 and not self.method.updates_in_backward:
+            _check_gradients(self.model)
+        norm = self.step.update()
+        return loss, None if norm is None else float(norm)
+
+    def _evaluate(self, log: events.EventLog) -> None:
+        metrics = evaluate(self.model, validation_batches(self.data, self.recipe))
+        best = better(self.backbone.task, metrics, self.progress.best)
+        if best:
+            adapter.save(self.out / "checkpoints" / "best", self.model, self.card)
+            self.progress.best, self.progress.best_step, self.progress.waited = metrics, self.progress.step, 0
+        else:
+            self.progress.waited += 1
+        log.write("evaluation", self.progress.step, metrics=metrics, best=best)
+        self.accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=self.progress.step)
+
+    def _finish(self, log: events.EventLog) -> Trained:
+        adapter.load(self.out / "checkpoints" / "best", self.model)
+        adapter.save(self.out / "adapter", self.model, self.card)
+        self.model.eval()
+        assert self.progress.best is not None
+        log.write(
+            "end",
+            self.progress.step,
+            measured_peak_bytes=self.progress.peak_bytes,
+            seconds=self.progress.seconds,
+            tokens_per_second=self.progress.tokens / max(self.progress.seconds, 1e-9),
+            metrics=self.progress.best,
+            best_step=self.progress.best_step,
+        )
+        return Trained(self.out / "adapter", self.progress.best, self.progress.peak_bytes)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:  # a second Ctrl-C does not wait for the step to end
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+
+def validation_batches(data: Data, recipe: Recipe) -> list[Batch]:
+    """The examples every evaluation of a run uses, in microbatches."""
+    size = recipe.microbatch or 1
+    order = range(min(len(data.validation), recipe.validation_limit))
+    return [data.validation.collate(list(order[first : first + size])) for first in range(0, len(order), size)]
+
+
+def _unpadded(batch: dict[str, torch.Tensor]) -> Batch:
+    """A mask that hides nothing is left out: attention is cheaper without one."""
+    return {name: value for name, value in batch.items() if name != "attention_mask" or not bool(value.all())}
+
+
+def _check_gradients(model: nn.Module) -> None:
+    missing = [name for name, parameter in adapter.trained(model).items() if parameter.grad is None]
+    if missing:
+        raise EdgePeftError(
+            f"No gradient reaches {len(missing)} of the trained tensors, such as {missing[0]}.",
+            "They would never change; the method and this model do not fit each other.",
+            "Please report it with the recipe; another method will work meanwhile.",
+        )
+
+
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()

@@ -1,0 +1,152 @@
+"""The order of examples, and what is held out: functions of the seed, exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_tokenizers import CHATML, byte_level, unigram, word_piece
+
+import edgepeft.data.build
+from edgepeft.data import Data, load
+from edgepeft.data.batches import microbatches
+from edgepeft.data.partition import partition
+from edgepeft.errors import UsageError
+
+
+def padding(batches: list[list[int]], lengths: np.ndarray[Any, Any]) -> int:
+    return sum(int(lengths[batch].max()) * len(batch) for batch in batches) - int(lengths.sum())
+
+
+def test_an_epoch_is_every_example_once_in_an_order_of_its_own() -> None:
+    lengths = np.random.RandomState(0).geometric(0.02, 1003)
+    epochs = [microbatches(lengths, 8, seed=3, epoch=epoch) for epoch in range(3)]
+    for batches in epochs:
+        assert sorted(i for batch in batches for i in batch) == list(range(1003))
+        assert sorted(len(batch) for batch in batches) == [3] + [8] * 125
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert microbatches(lengths, 8, seed=3, epoch=1) == epochs[1]
+    assert microbatches(lengths, 8, seed=4, epoch=1) != epochs[1]
+    unsorted = [list(range(i, min(i + 8, 1003))) for i in range(0, 1003, 8)]
+    assert padding(epochs[0], lengths) < 0.2 * padding(unsorted, lengths)
+    # Random over the epoch: the long batches are not gathered at one end.
+    longest = [int(lengths[batch].max()) for batch in epochs[0]]
+    assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.3
+
+
+def test_order_never_changes() -> None:
+    """A run begun with one version of edgepeft or NumPy is resumed with another: this order is a promise."""
+    assert microbatches(np.array([5, 1, 4, 2, 3, 9, 7]), 2, seed=1, epoch=0) == [[4, 3], [1], [5, 6], [0, 2]]
+    train, held_out = partition(12, 0.25, seed=1)
+    assert (train.tolist(), held_out.tolist()) == ([0, 1, 5, 6, 7, 8, 9, 10, 11], [2, 3, 4])
+
+
+def test_longest_first_changes_nothing_but_the_place_of_two() -> None:
+    lengths = np.random.RandomState(1).geometric(0.02, 100)
+    plain = microbatches(lengths, 4, seed=0, epoch=0)
+    first = microbatches(lengths, 4, seed=0, epoch=0, longest_first=True)
+    assert sorted(plain) == sorted(first)
+    assert sum(a != b for a, b in zip(plain, first, strict=True)) <= 2
+    padded = [int(lengths[batch].max()) * len(batch) for batch in first]
+    assert padded[0] == max(padded)
+
+
+@pytest.mark.parametrize(
+    ("examples", "fraction", "count"), [(2, 0.1, 1), (100, 0.1, 10), (3, 0.99, 2), (1000, 0.2, 200)]
+)
+def test_partition_is_whole_and_depends_on_the_seed_alone(examples: int, fraction: float, count: int) -> None:
+    train, held_out = partition(examples, fraction, seed=5)
+    assert sorted([*train, *held_out]) == list(range(examples)) and len(held_out) == count
+    assert train.tolist() == sorted(train) and held_out.tolist() == sorted(held_out)
+    again = partition(examples, fraction, seed=5)
+    assert all(np.array_equal(a, b) for a, b in zip((train, held_out), again, strict=True))
+    if examples >= 100:
+        assert not np.array_equal(held_out, partition(examples, fraction, seed=6)[1])
+
+
+def test_partition_trains_on_every_class() -> None:
+    codes = np.array([0] * 20 + [1, 2, 3])
+    for seed in range(30):
+        train, held_out = partition(23, 0.3, seed=seed, codes=codes)
+        assert set(codes[train]) == {0, 1, 2, 3} and len(held_out) > 0
+        assert sorted([*train, *held_out]) == list(range(23))
+    with pytest.raises(UsageError, match="With 1 examples"):
+        partition(1, 0.1, seed=0)
+    with pytest.raises(UsageError, match="With 3 examples"):
+        partition(3, 0.5, seed=0, codes=np.array([0, 1, 2]))
+
+
+def sample(tmp_path: Path, tokenizer: Any, count: int = 60, **options: Any) -> Data:
+    rng = np.random.RandomState(0)
+    text = ["the fox " * n for n in rng.randint(1, 12, 2 * count)]
+    rows = {
+        "classification": [{"text": a, "label": i % 2} for i, a in enumerate(text[:count])],
+        "seq2seq": [{"input": a, "target": b} for a, b in zip(text[:count], text[count:], strict=True)],
+        "causal-lm": [{"prompt": a, "completion": b} for a, b in zip(text[:count], text[count:], strict=True)],
+    }[options.get("task", "seq2seq")]
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return load(str(source), tokenizer=tokenizer, cache=tmp_path / "cache", max_tokens=64, **options)
+
+
+@pytest.mark.parametrize(
+    ("task", "make"), [("classification", word_piece), ("seq2seq", unigram), ("causal-lm", byte_level)]
+)
+def test_no_microbatch_is_larger_than_the_longest(tmp_path: Path, task: str, make: Any) -> None:
+    train = sample(tmp_path, make(), task=task).train
+    for size in (1, 4):
+        longest = train.longest(size)
+        assert len(longest["input_ids"]) == size
+        batches = [
+            train.collate(batch) for epoch in range(3) for batch in train.microbatches(size, seed=0, epoch=epoch)
+        ]
+        if task != "seq2seq":
+            assert longest["input_ids"].numel() == max(batch["input_ids"].numel() for batch in batches)
+        else:
+            total = [batch["input_ids"].numel() + batch["decoder_input_ids"].numel() for batch in batches]
+            assert longest["input_ids"].numel() + longest["decoder_input_ids"].numel() >= max(total)
+
+
+def test_second_load_reads_what_the_first_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_level(chat_template=CHATML)
+    first = sample(tmp_path, tokenizer, task="causal-lm")
+
+    def written() -> set[tuple[str, int]]:
+        return {(str(path), path.stat().st_mtime_ns) for path in (tmp_path / "cache").rglob("*")}
+
+    before = written()
+    tokenizer("padded and cut", padding="max_length", truncation=True, max_length=2)  # leaves its mark on the tokenizer
+    second = sample_again(tmp_path, tokenizer)
+    assert written() == before
+    assert second.train.examples(range(9)) == first.train.examples(range(9))
+    assert np.array_equal(second.validation.lengths, first.validation.lengths)
+
+    tokenizer.add_tokens(["fox"])
+    sample_again(tmp_path, tokenizer)
+    sample_again(tmp_path, tokenizer, seed=1)
+    sample_again(tmp_path, tokenizer, max_tokens=32)
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    source = tmp_path / "a.jsonl"
+    os.utime(source, ns=(0, 0))
+    sample_again(tmp_path, tokenizer)
+    assert len(list((tmp_path / "cache").iterdir())) == 5
+
+
+def sample_again(tmp_path: Path, tokenizer: Any, **options: Any) -> Data:
+    """What :func:`sample` wrote, loaded from there without writing it again."""
+    settings = {"max_tokens": 64, **options}
+    return load(str(tmp_path / "a.jsonl"), tokenizer=tokenizer, cache=tmp_path / "cache", **settings)
+
+
+def test_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = unigram()
+    with monkeypatch.context() as patch:
+        patch.setattr(edgepeft.data.build, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sample(tmp_path, tokenizer, task="seq2seq")
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert len(sample(tmp_path, tokenizer, task="seq2seq").train) == 54

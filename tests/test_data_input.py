@@ -1,0 +1,215 @@
+"""What data may look like, and what is said when it does not."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_tokenizers import CHATML, byte_level, unigram, word_piece
+
+from edgepeft.data import Data, load
+from edgepeft.data.columns import recognise
+from edgepeft.data.read import rows
+from edgepeft.errors import UsageError
+
+REVIEWS = [{"text": f"film {i} is {'wonderful' if i % 2 else 'terrible'}", "label": "ny"[i % 2]} for i in range(20)]
+
+
+def write_jsonl(path: Path, examples: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
+    return path
+
+
+def reviews(tmp_path: Path, source: str | Path, **options: Any) -> Data:
+    return load(str(source), tokenizer=word_piece(), cache=tmp_path / "cache", max_tokens=32, **options)
+
+
+def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
+    examples = [{"text": 'a "quoted", line\nand another', "label": "\u6f22"}, {"text": "b", "label": "2"}]
+    jsonl = write_jsonl(tmp_path / "a.jsonl", examples)
+    with (tmp_path / "a.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(examples)
+    pq.write_table(pa.Table.from_pylist(examples), tmp_path / "a.parquet")
+    for path in (jsonl, tmp_path / "a.csv", tmp_path / "a.parquet"):
+        assert [row for _, row in rows(path)] == examples
+    # A quoted field may span lines: the row stands where it begins.
+    assert [where for where, _ in rows(tmp_path / "a.csv")] == [f"{tmp_path}/a.csv, line {n}" for n in (2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a", "label": 1}\n\n{"text": "b", \n', "a.jsonl, line 3: the row is malformed"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n["b", 1]\n', "line 2: .*\n.*found a list"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "\xff", "label": 1}\n', "line 2: .*\n.*UTF-8"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "b"}\n', "a.jsonl, line 2: 'label' is missing"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "  ", "label": 1}\n', "a.jsonl, line 2: 'text' is empty"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "b", "label": null}\n', "line 2: 'label' is empty"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": 3, "label": 1}\n', "line 2: 'text' should be text"),
+        ("a.jsonl", b'{"text": "a", "label": 0.5}\n', "line 1: 'label' should be text or a whole number"),
+        ("a.jsonl", b"\n \n", "a.jsonl holds no data"),
+        ("a.csv", b"text,label\n", "a.csv holds no data"),
+        ("a.csv", b"text,label\na,1\nb\n", "a.csv, line 3: the row is malformed.\nIt has 1 fields"),
+        ("a.csv", b'text,label\na,1\n"b,1\n', "a.csv, line 3: the row is malformed"),
+        ("a.csv", b"text,text\na,1\n", "a.csv, line 1: .*\nThe header must name every column once"),
+        ("a.csv", b"text,label\na,\n", "a.csv, line 2: 'label' is empty"),
+        ("a.parquet", b"PAR1 and then nothing", "a.parquet cannot be read"),
+        ("a.txt", b"text", "not a data file.*\n.*ends in .txt"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n' * 3, "has only the label '1'"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n', "has only the label '1'"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "a", "label": 2}\n', "With 2 examples there is none"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: the roles of 'messages' are user"),
+        ("a.jsonl", b'{"messages": "hello"}\n', "line 1: 'messages' should be a list"),
+        ("a.jsonl", b'{"messages": []}\n', "line 1: 'messages' is empty"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": ""}]}\n', "line 1: message 1 has no text"),
+    ],
+)
+def test_bad_files_are_named_with_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message) as refusal:
+        load(str(tmp_path / name), tokenizer=byte_level(chat_template=CHATML), cache=tmp_path / "cache", max_tokens=16)
+    assert refusal.value.exit_code == 2
+    assert list((tmp_path / "cache").glob("*")) == []
+
+
+def test_bad_parquet_row_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", "b", None], "label": [1, 2, 1]}), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match="a.parquet, row 3: 'text' is empty"):
+        reviews(tmp_path, tmp_path / "a.parquet")
+
+
+def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", REVIEWS)
+    with pytest.raises(UsageError, match=r"no file or folder .*/tran.jsonl.\n.*train.jsonl"):
+        reviews(tmp_path, tmp_path / "tran.jsonl")
+
+
+def test_hub_data_set_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="data set nobody/nothing:plain could not be loaded.\n.*hub says"):
+        reviews(tmp_path, "nobody/nothing:plain")
+
+
+def test_hub_data_set_with_named_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set in the hub's own format, loaded as ``datasets`` loads one: from a folder with a card."""
+    folder = tmp_path / "hub" / "films"
+    folder.mkdir(parents=True)
+    card = {"dataset_info": {"features": [{"name": "text", "dtype": "string"}, {"name": "label", "dtype": {"class_label": {"names": {"0": "bad", "1": "good"}}}}]}}  # fmt: skip # noqa: E501
+    (folder / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    for split in ("train", "test"):
+        write_jsonl(folder / f"{split}.jsonl", [{"text": f"film {i}", "label": i % 2} for i in range(20)])
+    import datasets
+
+    loading = datasets.load_dataset
+    home = str(tmp_path / "hf")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: loading(str(folder), config, cache_dir=home))
+    data = reviews(tmp_path, "someone/films")
+    assert data.labels == ("bad", "good")
+    example = data.train.examples([0])[0]
+    assert example.where.startswith("someone/films (train), row ")
+    assert example.reference == ("bad", "good")[int(example.fields["text"].split()[1]) % 2]
+
+
+def test_folder_with_splits(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train-00000-of-00002.jsonl", REVIEWS[:10])
+    pq.write_table(pa.Table.from_pylist(REVIEWS[10:18]), tmp_path / "train-00001-of-00002.parquet")
+    write_jsonl(tmp_path / "validation.jsonl", REVIEWS[18:])
+    data = reviews(tmp_path, tmp_path)
+    assert [e.fields["text"] for e in data.train.examples(range(18))] == [r["text"] for r in REVIEWS[:18]]
+    assert [e.fields["text"] for e in data.validation.examples(range(2))] == [r["text"] for r in REVIEWS[18:]]
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UsageError, match="has no training data"):
+        reviews(tmp_path, tmp_path / "other")
+    write_jsonl(tmp_path / "other" / "train.jsonl", REVIEWS)
+    with pytest.raises(UsageError, match="has no validation split"):
+        reviews(tmp_path, tmp_path / "train-00000-of-00002.jsonl", validation=str(tmp_path / "other"))
+
+
+def test_label_seen_only_in_validation_is_named(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", REVIEWS)
+    held_out = write_jsonl(tmp_path / "held.jsonl", [*REVIEWS[:2], {"text": "so so", "label": "maybe"}])
+    with pytest.raises(UsageError, match="held.jsonl, line 3: the label 'maybe' is in the validation data only"):
+        reviews(tmp_path, train, validation=str(held_out))
+    write_jsonl(held_out, [])
+    with pytest.raises(UsageError, match="held.jsonl holds no data"):
+        reviews(tmp_path, train, validation=str(held_out))
+
+
+def test_labels_are_sorted_as_numbers_when_they_are(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "label": i % 11 + 1} for i in range(50)])
+    assert reviews(tmp_path, source).labels == tuple(str(i) for i in range(1, 12))
+    source = write_jsonl(tmp_path / "b.jsonl", [{"text": "a", "label": bool(i % 2)} for i in range(50)])
+    assert reviews(tmp_path, source).labels == ("false", "true")
+
+
+@pytest.mark.parametrize(
+    ("found", "task", "columns", "expected"),
+    [
+        ("text label", None, {}, "classification text label"),
+        ("prompt completion id", None, {}, "causal-lm prompt completion"),
+        ("input target", "seq2seq", {}, "seq2seq input target"),
+        ("messages", None, {}, "causal-lm messages"),
+        ("text", "causal-lm", {}, "causal-lm text"),
+        ("review stars", None, {"text": "review", "label": "stars"}, "classification review stars"),
+        ("text stars", None, {"label": "stars"}, "classification text stars"),
+        ("prompt completion", "seq2seq", {"input": "prompt", "target": "completion"}, "seq2seq prompt completion"),
+        ("text label", "causal-lm", {"text": "text"}, "causal-lm text"),
+        ("prompt completion messages", None, {"messages": "messages"}, "causal-lm messages"),
+        ("text label input target", "seq2seq", {}, "seq2seq input target"),
+    ],
+)
+def test_columns_recognised(found: str, task: str | None, columns: Mapping[str, str], expected: str) -> None:
+    layout = recognise("a.csv", found.split(), task=task, columns=columns)
+    assert " ".join([layout.task, *layout.columns]) == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "task", "columns", "message"),
+    [
+        ("text", None, {}, "does not fit any task.\na.csv has the columns text.\nAccepted: text . label"),
+        ("body mark", None, {}, "does not fit any task.\na.csv has the columns body, mark"),
+        ("prompt completion messages", None, {}, "more than one layout: prompt . completion .* and messages"),
+        ("text label", "seq2seq", {}, "does not fit the task seq2seq.\n.*text . label for classification"),
+        ("text label", "causal-lm", {}, "does not fit the task causal-lm"),
+        ("text", "classification", {}, "does not fit the task classification"),
+        ("text label", "translation", {}, "no task 'translation'"),
+        ("review stars", None, {"text": "reviews", "label": "stars"}, "no column 'reviews'.\n.*\n.*review?"),
+        ("review stars", None, {"txt": "review"}, "no field 'txt'.*\n.*\n.*text?"),
+        ("text label stars", None, {"label": "stars", "target": "label"}, "does not fit any task"),
+    ],
+)
+def test_columns_refused(found: str, task: str | None, columns: Mapping[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        recognise("a.csv", found.split(), task=task, columns=columns)
+
+
+def test_settings_that_leave_no_room_are_refused(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", REVIEWS)
+    for options, message in (
+        ({"max_tokens": 2}, "At most 2 tokens"),
+        ({"max_tokens": 9, "max_target_tokens": 0}, "0 of a target"),
+        ({"max_tokens": 9, "validation_fraction": 1.0}, "1.0 is no share"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            load(str(source), tokenizer=word_piece(), cache=tmp_path, **options)
+    pairs = write_jsonl(tmp_path / "b.jsonl", [{"input": "a", "target": "b"}] * 3)
+    tokenizer = unigram()
+    tokenizer.pad_token = None
+    with pytest.raises(UsageError, match="no pad token"):
+        load(str(pairs), tokenizer=tokenizer, cache=tmp_path, max_tokens=9)
+    chats = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
+    tokenizer = byte_level()
+    tokenizer.eos_token = None
+    with pytest.raises(UsageError, match="no eos token"):
+        load(str(chats), tokenizer=tokenizer, cache=tmp_path, max_tokens=9)
