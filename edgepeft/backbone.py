@@ -48,8 +48,8 @@ class Backbone:
     """A model ready for a method: frozen, in evaluation mode, its linears packed if the precision says so.
 
     Attributes:
-        fresh: dotted names of parameters that were initialised at random because the checkpoint has none (a new
-            classifier head): every method must train them.
+        fresh: dotted names of parameters that every method must train: a classifier's head, which is new or was trained
+            for other labels, and what else the checkpoint lacks.
     """
 
     model: PreTrainedModel
@@ -160,6 +160,7 @@ def load(
 
     Raises:
         UsageError: the model cannot be had, has no such task, or is of an unknown architecture.
+        EdgePeftError: its files lack weights.
     """
     import transformers
 
@@ -170,12 +171,22 @@ def load(
     if labels is not None:
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: number for number, label in enumerate(labels)}
+        options["ignore_mismatched_sizes"] = True  # a head for another number of labels starts anew
     loader = getattr(transformers, _LOADERS[task])
     with _refusing_unloadable(source), _quietly():
         model, info = loader.from_pretrained(source.location, output_loading_info=True, **options)
     if source.gguf:
         model = _without_gguf_traces(model, dtype)
-    return _prepare(model, task, at, device, frozenset(info["missing_keys"]))
+    lacking = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    made = _prepare(model, task, at, device, lacking | _head_parameters(model, task))
+    lost = sorted(name for name in lacking if any(name.startswith(f"{b.path}.") for b in made.anatomy.blocks))
+    if lost:
+        raise EdgePeftError(
+            f"The weights of {source.name} are not whole.",
+            f"{len(lost)} tensors of its layers are missing or of another shape, such as {lost[0]}.",
+            "Fetch the model again; its config.json and its weights must belong together.",
+        )
+    return made
 
 
 def skeleton(configuration: PretrainedConfig, *, task: str, at: str, labels: int = 2) -> Backbone:
@@ -186,15 +197,14 @@ def skeleton(configuration: PretrainedConfig, *, task: str, at: str, labels: int
     loader = getattr(transformers, _LOADERS[task])
     try:
         model = loader.from_config(configuration, dtype=precision.compute_dtype(at))
+        _untie_as_published(model)
     except ValueError as error:
         raise UsageError(
             f"A {configuration.model_type} model cannot be built for {task}.",
             str(error).splitlines()[0],
             f"Its usual task is {default_task(configuration)}.",
         ) from error
-    base = {id(parameter) for parameter in model.base_model.parameters()}
-    new = (n for n, p in model.named_parameters() if id(p) not in base) if task == "classification" else ()
-    return _prepare(model, task, at, None, frozenset(new))
+    return _prepare(model, task, at, None, _head_parameters(model, task))
 
 
 def save(model: PreTrainedModel, directory: Path, tokens: PreTrainedTokenizerFast) -> None:
@@ -212,7 +222,29 @@ def save(model: PreTrainedModel, directory: Path, tokens: PreTrainedTokenizerFas
     tokens.save_pretrained(directory)
 
 
-def _prepare(model: PreTrainedModel, task: str, at: str, device: str | None, fresh: frozenset[str]) -> Backbone:
+def repack(model: PreTrainedModel, parts: anatomy.Anatomy, at: str) -> None:
+    """Pack the layers of an unpacked model that ``load`` would have packed."""
+    precision.pack_where(model, at, lambda name: _may_be_packed(name, parts, model), None)
+
+
+def _head_parameters(model: PreTrainedModel, task: str) -> set[str]:
+    """A classifier's own parameters; what predicts tokens has none that a method must train."""
+    if task != "classification":
+        return set()
+    base = {id(parameter) for parameter in model.base_model.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) not in base}
+
+
+def _prepare(model: PreTrainedModel, task: str, at: str, device: str | None, fresh: set[str]) -> Backbone:
+    if task == "causal-lm" and default_task(model.config) == "classification" and not model.config.is_decoder:
+        raise UsageError(
+            f"A {model.config.model_type} model cannot be used for causal-lm.",
+            "It is an encoder: each of its positions sees the answer it should predict.",
+            "Use --task classification, or a decoder.",
+        )
+    if task == "classification" and model.config.pad_token_id is None:  # decoders look for the last token before it
+        eos = model.config.eos_token_id
+        model.config.pad_token_id = next(iter(eos if isinstance(eos, list) else [eos or 0]), 0)
     linearize(model)
     model.requires_grad_(False)
     model.eval()
@@ -221,7 +253,15 @@ def _prepare(model: PreTrainedModel, task: str, at: str, device: str | None, fre
         precision.pack_where(model, at, lambda name: _may_be_packed(name, parts, model), device)
     if device is not None:
         model.to(device)
-    return Backbone(model, parts, task, at, fresh)
+    return Backbone(model, parts, task, at, frozenset(fresh))
+
+
+def _untie_as_published(model: Any) -> None:
+    """FLAN-T5's head is its own, but transformers' T5 configuration ties it whatever its config.json says."""
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    if tied and getattr(model.config, "scale_decoder_outputs", True) is False:
+        head.weight = nn.Parameter(torch.empty_like(head.weight))
 
 
 def _may_be_packed(name: str, parts: anatomy.Anatomy, model: PreTrainedModel) -> bool:

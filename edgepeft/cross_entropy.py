@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edgepeft.precision import matmul_dtype
+
 CHUNK_BYTES = 24 << 20  # of fp32 logits at a time: small against any model, large enough for an efficient matmul
 
 
@@ -35,6 +37,34 @@ def chunks(positions: int, vocabulary: int) -> list[slice]:
     return [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
 
 
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(positions, vocabulary) in fp32."""
+    dtype = matmul_dtype(hidden.dtype, hidden.device)
+    if dtype is hidden.dtype:
+        return F.linear(hidden, weight, bias).float()
+    logits = torch.empty(len(hidden), len(weight), device=hidden.device)
+    wide = hidden.to(dtype)
+    for rows in _blocks(weight):  # never the whole weight in fp32
+        torch.mm(wide, weight[rows].to(dtype).t(), out=logits[:, rows])
+    return logits if bias is None else logits.add_(bias)
+
+
+def _times(gradient: Tensor, weight: Tensor) -> Tensor:
+    """(positions, vocabulary) in fp32 times the weight: (positions, width) in the weight's dtype."""
+    dtype = matmul_dtype(weight.dtype, weight.device)
+    if dtype is weight.dtype:
+        return gradient.to(dtype) @ weight
+    total = torch.zeros(len(gradient), weight.shape[1], device=weight.device)
+    for rows in _blocks(weight):
+        total.addmm_(gradient[:, rows], weight[rows].to(dtype))
+    return total.to(weight.dtype)
+
+
+def _blocks(weight: Tensor) -> list[slice]:
+    size = max(1, CHUNK_BYTES // (4 * weight.shape[1]))
+    return [slice(start, start + size) for start in range(0, len(weight), size)]
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -46,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias) if needs_bias and bias is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for part in chunks(len(hidden), len(weight)):
-            logits = F.linear(hidden[part], weight, bias).float()
+            logits = _logits(hidden[part], weight, bias)
             slope = None
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_()
@@ -61,9 +91,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradient.scatter_add_(1, target, gradient.new_full((1, 1), -1.0).expand_as(target))
             if slope is not None:
                 gradient.mul_(slope)
-            gradient = gradient.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(gradient, weight, out=grad_hidden[part])
+                grad_hidden[part] = _times(gradient, weight)
+            gradient = gradient.to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight.addmm_(gradient.t(), hidden[part])
             if grad_bias is not None:

@@ -51,6 +51,20 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     return {"loss": float(loss) / count, kind: float(right) / count}
 
 
+@torch.no_grad()
+def sample_logits(model: nn.Module, batches: Iterable[Batch]) -> list[torch.Tensor]:
+    """Logits at the batches' targets, one tensor (targets, classes or vocabulary) of fp32 on the CPU a batch."""
+    found = []
+    device = next(model.parameters()).device
+    for batch in batches:
+        batch = {name: value.to(device) for name, value in batch.items()}
+        logits = model(**inputs(batch)).logits
+        if "target_positions" in batch:
+            logits = logits.flatten(0, 1)[batch["target_positions"]]
+        found.append(logits.float().cpu())
+    return found
+
+
 def _capped(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap

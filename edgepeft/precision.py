@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, Literal, get_args
 
 import torch
@@ -35,21 +38,58 @@ def compute_dtype(precision: str) -> torch.dtype:
     return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
+_emulated_bf16: ContextVar[bool | None] = ContextVar("emulated_bf16", default=None)
+
+
+@contextlib.contextmanager
+def emulating(*, bf16: bool) -> Iterator[None]:
+    """Choose arithmetic as hardware with or without native bf16 would, whatever this machine has: for planning."""
+    token = _emulated_bf16.set(bf16)
+    try:
+        yield
+    finally:
+        _emulated_bf16.reset(token)
+
+
+def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which tensors of ``dtype`` are best multiplied on ``device``.
+
+    Without native instructions a CPU multiplies bf16 at less than half the speed of fp32; casting one layer's operands at a
+    time costs little time and memory, while everything that is kept stays bf16.
+    """
+    if dtype is not torch.bfloat16:
+        return dtype
+    emulated = _emulated_bf16.get()
+    return torch.bfloat16 if (_native_bf16(device.type) if emulated is None else emulated) else torch.float32
+
+
+@functools.cache
+def _native_bf16(device_type: str) -> bool:
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return True
+
+
 class _FrozenMatmul(torch.autograd.Function):
-    """``x @ W.T`` with a packed W that is unpacked again in backward, so that no unpacked weight outlives a layer."""
+    """``x @ W.T`` with a stored W that is unpacked again in backward, so that no unpacked weight outlives a layer."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: PackedLinear) -> Tensor:
-        ctx.packed = packed
-        return F.linear(x, packed.dequantize(), packed.bias)
+    def forward(ctx: Any, x: Tensor, stored: StoredLinear) -> Tensor:
+        ctx.stored = stored
+        dtype = matmul_dtype(x.dtype, x.device)
+        bias = None if stored.bias is None else stored.bias.to(dtype)
+        return F.linear(x.to(dtype), stored.dequantize(dtype), bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
-        return grad[0] @ ctx.packed.dequantize(), None
+        dtype = matmul_dtype(grad[0].dtype, grad[0].device)
+        return (grad[0].to(dtype) @ ctx.stored.dequantize(dtype)).to(grad[0].dtype), None
 
 
-class PackedLinear(nn.Module):
-    """A frozen linear layer, y = x Wᵀ + b, whose W (out, in) is stored packed; x is (..., in) of ``compute``.
+class StoredLinear(nn.Module):
+    """A frozen linear layer, y = x Wᵀ + b, whose W (out, in) is kept in a form that is not multiplied with directly.
 
     Only buffers and plain torch operations: bitsandbytes' own ``Linear4bit`` repacks its weights in evaluation mode on some
     CPUs, after which gradients and merges are silently wrong, and its parameter class cannot be traced on fake tensors.
@@ -57,29 +97,40 @@ class PackedLinear(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, bias: Tensor | None, compute: torch.dtype) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: Tensor | None) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.compute = compute
-        self.bias = None if bias is None else nn.Parameter(bias.detach().to(compute), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(torch.bfloat16), requires_grad=False)
 
     @abstractmethod
-    def dequantize(self) -> Tensor:
-        """The weight (out, in) that this layer really multiplies with, in the compute dtype."""
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), in the dtype of x."""
         return _FrozenMatmul.apply(x, self)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class NF4Linear(PackedLinear):
+class BF16Linear(StoredLinear):
+    """Plain bf16 weights on hardware that multiplies fp32 faster. T5 asks its ``wo`` for the dtype of its ``weight``."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias)
+        self.register_buffer("weight", weight.detach())
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
+
+
+class NF4Linear(StoredLinear):
     """4-bit NormalFloat with double quantisation (QLoRA, arXiv 2305.14314): 0.516 bytes a weight."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], bias, compute)
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias)
         if _is_shape_only(weight):
             self._allocate(weight)
         else:
@@ -89,7 +140,7 @@ class NF4Linear(PackedLinear):
         import bitsandbytes.functional as bnb
 
         packed, state = bnb.quantize_4bit(
-            weight.to(self.compute).contiguous(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
+            weight.contiguous(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
         )
         self.register_buffer("packed", packed)
         self.register_buffer("scale", state.absmax)
@@ -109,7 +160,7 @@ class NF4Linear(PackedLinear):
         self.register_buffer("scale_code", weight.new_empty(256, **single))
         self.register_buffer("code", weight.new_empty(16, **single))
 
-    def dequantize(self) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         inner = QuantState(
@@ -121,18 +172,18 @@ class NF4Linear(PackedLinear):
             code=self.code,
             blocksize=NF4_BLOCK,
             quant_type="nf4",
-            dtype=self.compute,
+            dtype=dtype,
             offset=self.scale_offset,
             state2=inner,
         )
         return dequantize_4bit(self.packed, state)
 
 
-class Int8Linear(PackedLinear):
+class Int8Linear(StoredLinear):
     """8-bit integers with one scale per output row, as LLM.int8() stores them (arXiv 2208.07339): 1 byte a weight."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], bias, compute)
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias)
         if _is_shape_only(weight):
             packed, largest = weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(weight.shape[0]).float()
         else:
@@ -142,15 +193,14 @@ class Int8Linear(PackedLinear):
         self.register_buffer("packed", packed)
         self.register_buffer("largest", largest)  # the largest magnitude of each row, (out,)
 
-    def dequantize(self) -> Tensor:
-        scale = (self.largest / 127).to(self.compute)
-        return self.packed.to(self.compute).mul_(scale[:, None])
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return self.packed.to(dtype).mul_((self.largest / 127).to(dtype)[:, None])
 
 
-def pack(linear: nn.Linear, precision: str) -> PackedLinear:
-    """A packed copy of ``linear`` on its device, computing in bf16."""
+def pack(linear: nn.Linear, precision: str) -> StoredLinear:
+    """A packed copy of ``linear`` on its device."""
     kind = {"int8": Int8Linear, "nf4": NF4Linear}[precision]
-    return kind(linear.weight.detach(), linear.bias, compute_dtype(precision))
+    return kind(linear.weight.detach(), linear.bias)
 
 
 def pack_where(model: nn.Module, precision: str, wanted: Callable[[str], bool], device: str | None) -> None:
@@ -160,25 +210,47 @@ def pack_where(model: nn.Module, precision: str, wanted: Callable[[str], bool], 
             model.set_submodule(name, pack(module.to(device) if device else module, precision))
 
 
-def unpack(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Replace, in place, every packed layer by an ``nn.Linear`` with the very weights it multiplied with, cast to ``dtype``.
-
-    Hooks, children and training flags that methods attached to a packed layer move to its replacement.
-    """
+def store_frozen(model: nn.Module) -> None:
+    """Where bf16 is slow to multiply, let frozen bf16 layers be multiplied in fp32. The head is left to the loss."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear):
-            weight = module.dequantize().to(dtype)
+        if type(module) is nn.Linear and not module.weight.requires_grad and module is not _head(model):
+            weight = module.weight
+            if matmul_dtype(weight.dtype, weight.device) is not weight.dtype:
+                _replace(model, name, module, BF16Linear(weight, module.bias))
+
+
+def unpack(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace, in place, every stored layer by an ``nn.Linear`` with the very weights it multiplied with, cast to ``dtype``."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, StoredLinear):
+            device = next(module.buffers()).device
+            weight = module.dequantize(matmul_dtype(torch.bfloat16, device)).to(dtype)
             with torch.device("meta"):  # no time and memory spent on an initialisation that is thrown away
                 linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
             linear.weight = nn.Parameter(weight, requires_grad=False)
             if module.bias is not None:
-                linear.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
-            for child, value in module.named_children():
-                linear.add_module(child, value)
-            linear._forward_hooks = module._forward_hooks
-            linear._forward_pre_hooks = module._forward_pre_hooks
-            linear.train(module.training)
-            model.set_submodule(name, linear)
+                linear.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=module.bias.requires_grad)
+            _replace(model, name, module, linear)
+
+
+_HOOKS = (  # a hook, and whether it takes keyword arguments, or runs whatever happens
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+
+
+def _replace(model: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` where ``old`` was, with the hooks and children that methods hung on it."""
+    for child, value in old.named_children():
+        new.add_module(child, value)
+    for hooks in _HOOKS:
+        setattr(new, hooks, getattr(old, hooks))
+    new.train(old.training)
+    model.set_submodule(name, new)
+
+
+def _head(model: Any) -> nn.Module | None:
+    return model.get_output_embeddings()
 
 
 def _is_shape_only(tensor: Tensor) -> bool:

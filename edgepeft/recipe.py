@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -14,6 +15,11 @@ from typing import Any
 
 from edgepeft.errors import UsageError, nearest
 from edgepeft.files import write_text
+
+_POSITIVE = (
+    *("max_tokens", "max_target_tokens", "validation_limit", "microbatch", "global_batch", "epochs", "max_steps"),
+    *("lr", "clip_norm", "evaluations", "patience"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +40,8 @@ class Recipe:
     """That share."""
     validation_limit: int = 500
     """Examples of the validation split that an evaluation uses at most."""
-    max_tokens: int = 512
-    """Longer examples are cut."""
+    max_tokens: int | None = None
+    """Longer examples are cut; 512, or as many as the model can read, when not given."""
     max_target_tokens: int = 128
     """Longer targets are cut (seq2seq)."""
 
@@ -84,16 +90,19 @@ class Recipe:
         hints = typing.get_type_hints(Recipe)
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
-            if not _fits(value, hints[entry.name]):
+            if not _fits(value, hints[entry.name]) or (isinstance(value, float) and not math.isfinite(value)):
                 raise UsageError(
                     f"recipe: {entry.name} = {value!r} is not of the right type.",
                     f"Expected {_described(hints[entry.name])}.",
                     "",
                 )
-        for name in ("max_tokens", "global_batch", "epochs", "validation_limit", "evaluations", "clip_norm", "microbatch"):
+        for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UsageError(f"recipe: {name} = {value} must be positive.", "", "")
+        for name in ("seed", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"recipe: {name} = {getattr(self, name)} must not be negative.", "", "")
         if not 0 <= self.warmup < 1 or not 0 < self.validation_fraction < 1:
             raise UsageError("recipe: warmup and validation_fraction are shares between 0 and 1.", "", "")
         for value, known in ((self.schedule, ("cosine", "linear")), *((v, ("fp32", "int8", "int4")) for v in self.variants)):
@@ -135,7 +144,7 @@ def assign(values: dict[str, Any], setting: str) -> None:
     """Set ``key=value`` or ``options.key=value``, with the value in TOML; a bare word is a string.
 
     Raises:
-        UsageError: there is no ``=``.
+        UsageError: there is no ``=``, or what stands before a dot holds no keys.
     """
     key, found, text = setting.partition("=")
     if not found:
@@ -147,11 +156,13 @@ def assign(values: dict[str, Any], setting: str) -> None:
     *parents, leaf = key.strip().split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UsageError(f"--set {setting}: {parent} is not a table.", "", "Only options and columns hold keys.")
     values[leaf] = value
 
 
 def write(recipe: Recipe, path: Path) -> None:
-    """Write recipe.toml, with a comment for every key."""
+    """Write recipe.toml."""
     write_text(path, dumps(recipe))
 
 
@@ -176,7 +187,8 @@ def _key(key: str) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)  # TOML writes strings, numbers and booleans as JSON does
+    # TOML writes strings, numbers and booleans as JSON does, but for one character
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -186,8 +198,12 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    origin = typing.get_origin(hint) or hint
-    return isinstance(value, Mapping if origin is not tuple and hint not in (str, bool, type(None)) else origin)
+    origin, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(_fits(item, parts[1]) for item in value.values())
+    return hint is Any or isinstance(value, origin)
 
 
 def _described(hint: Any) -> str:

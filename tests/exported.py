@@ -8,23 +8,23 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.export import Dim
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    DynamicCache,
-    EncoderDecoderCache,
-    LlamaConfig,
-    LlamaForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
 
+from edgepeft.export import onnx
 from edgepeft.export.package import package
 
 CORPUS = [
@@ -61,12 +61,16 @@ def tokenizer(task: str) -> PreTrainedTokenizerFast:
         )
         made.train_from_iterator(CORPUS, trainer)
         return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    # The trainers of the other two kinds order equals by hash, differently in each process; so these take words as given.
+    # The trainers of the other two kinds order equals differently in each process; so these take their words as given.
     words = " ".join(CORPUS).split()
     pieces = sorted({*words[::2], *"".join(words)})
     if task == "classification":
         specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-        vocabulary = [*specials, *dict.fromkeys(piece.lower() for piece in pieces), *(f"##{c}" for c in "abcdefghijklm")]
+        vocabulary = [
+            *specials,
+            *dict.fromkeys(piece.lower() for piece in pieces),
+            *(f"##{c}" for c in "abcdefghijklm"),
+        ]
         made = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(vocabulary)}, unk_token="[UNK]"))
         made.normalizer = normalizers.BertNormalizer()
         made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -93,15 +97,15 @@ def model(task: str) -> PreTrainedModel:
     vocab_size = len(tokenizer(task))
     made: PreTrainedModel
     if task == "causal-lm":
-        made = LlamaForCausalLM(
-            LlamaConfig(
+        # Absolute positions: a padded prompt with wrong ones would be found out, as Llama's relative ones would not.
+        made = GPT2LMHeadModel(
+            GPT2Config(
                 vocab_size=vocab_size,
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=MAX_TOKENS,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                n_positions=MAX_TOKENS,
+                tie_word_embeddings=False,
                 bos_token_id=None,
                 eos_token_id=2,
                 pad_token_id=0,
@@ -141,96 +145,26 @@ def model(task: str) -> PreTrainedModel:
     return made.eval()
 
 
-class _Classifier(nn.Module):
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, attention_mask):
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-
-
-class _Causal(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, attention_mask, position_ids, *past):
-        cache = DynamicCache(config=self.model.config)
-        for layer in range(len(past) // 2):
-            cache.update(past[2 * layer], past[2 * layer + 1], layer)
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True)
-        return (output.logits, *[t for layer in output.past_key_values.layers for t in (layer.keys, layer.values)])
-
-
-class _Encoder(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, attention_mask):
-        hidden = self.model.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        cross = []
-        for block in self.model.decoder.block:
-            attention = block.layer[1].EncDecAttention
-            for linear in (attention.k, attention.v):
-                cross.append(linear(hidden).view(*hidden.shape[:2], -1, attention.key_value_proj_dim).transpose(1, 2))
-        return tuple(cross)
-
-
-class _Decoder(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, decoder_input_ids, encoder_attention_mask, *kv):
-        n = len(kv) // 4
-        own, cross = DynamicCache(), DynamicCache()
-        for i in range(n):
-            own.update(kv[2 * i], kv[2 * i + 1], i)
-            cross.update(kv[2 * n + 2 * i], kv[2 * n + 2 * i + 1], i)
-        cache = EncoderDecoderCache(own, cross)
-        for i in range(n):
-            cache.is_updated[i] = True
-        shape = encoder_attention_mask[..., None].float().expand(-1, -1, self.model.config.d_model)
-        output = self.model.decoder(input_ids=decoder_input_ids, encoder_hidden_states=shape, encoder_attention_mask=encoder_attention_mask, past_key_values=cache, use_cache=True)
-        hidden = output.last_hidden_state
-        if getattr(self.model.config, "scale_decoder_outputs", self.model.config.tie_word_embeddings):
-            hidden = hidden * self.model.model_dim**-0.5
-        layers = output.past_key_values.self_attention_cache.layers
-        return (self.model.lm_head(hidden), *[t for layer in layers for t in (layer.keys, layer.values)])
-
-
-def _names(prefix):
-    return [f"{prefix}.{i}.{k}" for i in range(2) for k in ("key", "value")]
-
-
-def _onnx(module, args, names, outputs, shapes, path):
-    with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        torch.onnx.export(module, args, path, input_names=names, output_names=outputs, dynamic_shapes=shapes, dynamo=True, external_data=True, verbose=False)
-
-
-def export(made, task, directory):
-    b, t, e, p = Dim("batch"), Dim("tokens"), Dim("encoded"), Dim("past")
-    ids = torch.randint(3, 100, (2, 8))
-    mask = torch.ones_like(ids)
-    mask[0, -3:] = 0
-    if task == "classification":
-        _onnx(_Classifier(made), (ids, mask), ["input_ids", "attention_mask"], ["logits"], ({0: b, 1: t}, {0: b, 1: t}), directory / "model.onnx")
-    elif task == "causal-lm":
-        mask = torch.ones(2, 9, dtype=torch.long)
-        mask[0, :2] = 0
-        ids = ids[:, :4]
-        past = [torch.randn(2, 2, 5, 8) for _ in range(4)]
-        pos = (mask.cumsum(-1) - 1).clamp(min=0)[:, 5:]
-        _onnx(_Causal(made), (ids, mask, pos, *past), ["input_ids", "attention_mask", "position_ids", *_names("past_key_values")], ["logits", *_names("present")],
-              ({0: b, 1: t}, {0: b, 1: Dim.AUTO}, {0: b, 1: t}, tuple({0: b, 2: p} for _ in past)), directory / "model.onnx")
-    else:
-        _onnx(_Encoder(made), (ids, mask), ["input_ids", "attention_mask"], _names("cross"), ({0: b, 1: e}, {0: b, 1: e}), directory / "encoder.onnx")
-        own = [torch.randn(2, 4, 5, 8) for _ in range(4)]
-        cross = [torch.randn(2, 4, 8, 8) for _ in range(4)]
-        _onnx(_Decoder(made), (ids[:, :4], mask, *own, *cross), ["decoder_input_ids", "encoder_attention_mask", *_names("past_key_values"), *_names("cross")], ["logits", *_names("present")],
-              ({0: b, 1: t}, {0: b, 1: e}, tuple([{0: b, 2: p} for _ in own] + [{0: b, 2: e} for _ in cross])), directory / "decoder.onnx")
+def greedy_tokens(
+    task: str, ids: NDArray[np.int64], mask: NDArray[np.int64], count: int, eos: int | None
+) -> NDArray[np.int64]:
+    """What transformers generates greedily, (batch, tokens), without the prompt or the decoder's start token."""
+    made = model(task)
+    made.generation_config.eos_token_id = None  # it would stand in for an ``eos`` of None
+    start = ids.shape[1] if task == "causal-lm" else 1
+    found: torch.Tensor = made.generate(
+        torch.tensor(ids),
+        attention_mask=torch.tensor(mask),
+        generation_config=GenerationConfig(
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=0 if eos is None else eos,
+            decoder_start_token_id=made.config.decoder_start_token_id if task == "seq2seq" else None,
+        ),
+    )
+    tokens: NDArray[np.int64] = found[:, start:].numpy()
+    return tokens
 
 
 @cache
@@ -244,8 +178,7 @@ def _folder() -> Path:
 def graphs(task: str) -> Path:
     """The ONNX graphs of ``model(task)``."""
     directory = _folder() / "graphs" / task
-    directory.mkdir(parents=True)
-    export(model(task), task, directory)
+    onnx.export(model(task), task, directory)
     return directory
 
 

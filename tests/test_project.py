@@ -20,7 +20,7 @@ FLOORS = (
     {"errors", "files", "hardware", "machine", "precision", "catalog", "chat"},
     {"backbone", "anatomy", "data", "runtime", "metrics", "cross_entropy"},
     {"methods", "placements"},
-    {"step", "recipe", "adapter", "evaluate", "checkpoint", "cuda_semantics"},
+    {"step", "recipe", "adapter", "evaluate", "checkpoint", "cuda_semantics", "events", "ledger"},
     {"trace", "train", "merge", "export"},
     {"plan", "compare", "report"},
     {"pipeline"},
@@ -66,7 +66,9 @@ def transgressions(inside: dict[str, set[str]]) -> list[str]:
     found = []
     for module, names in inside.items():
         for name in sorted(names):
-            own, other = FLOOR_OF.get(unit(module), len(FLOORS)), FLOOR_OF[unit(name)]
+            if not {unit(module), unit(name)} <= FLOOR_OF.keys():
+                continue  # the root imports nothing, and a unit without a floor has a test of its own
+            own, other = FLOOR_OF[unit(module)], FLOOR_OF[unit(name)]
             if other > own:
                 found.append(f"{module} (floor {own}) imports {name} (floor {other})")
             elif other == own >= FIRST_FLOOR_OF_STAGES and unit(module) != unit(name):
@@ -94,7 +96,7 @@ def test_the_floors_test_sees_hidden_and_relative_imports() -> None:
     def inside(module: str, source: str) -> dict[str, set[str]]:
         return {module: {name for name in imports(module, source) if unit(name)}}
 
-    hidden = "def f():\n    from edgepeft import plan_\n    import edgepeft.export.onnx\n"
+    hidden = "def f():\n    from edgepeft import errors\n    import edgepeft.export.onnx\n"
     assert transgressions(inside("edgepeft.step", hidden)) == [
         "edgepeft.step (floor 3) imports edgepeft.export.onnx (floor 4)"
     ]

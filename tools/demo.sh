@@ -11,4 +11,4 @@ python tools/models.py smollm2-135m-instruct
 echo "== plan, train, merge, export, package"
 edgepeft run --model models/smollm2-135m-instruct --data data/sentiment-prompts --out runs/demo "$@"
 echo "== an answer from the device folder, without torch"
-edgepeft infer runs/demo/device --prompt $'Review: A warm, funny film that never outstays its welcome.\nSentiment:'
+edgepeft infer runs/demo/device $'Review: A warm, funny film that never outstays its welcome.\nSentiment:'

@@ -62,7 +62,7 @@ def keep(folder: Path, made_from: list[Package], makers: list[Path], make: Calla
     """Have ``folder`` hold what ``make`` writes into the empty folder it is given; say whether it had to be made.
 
     ``folder/source.json`` records the packages, the SHA-256 of every file and of the scripts in ``makers``. The folder
-    is made again when any of them changed, or when a file is missing or damaged; it is replaced whole or left as it was.
+    is made again when any of them changed, or a file is missing or damaged; it is replaced whole or left as it was.
     """
     sources = [vars(package) for package in made_from]
     scripts = {path.name: sha256(path) for path in makers}

@@ -93,7 +93,7 @@ def _convert_smollm2(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(MODELS, gguf_file=GGUF.name)
-    # The file says its text is split in the way called "smollm", each digit alone; transformers splits it as GPT-2 does.
+    # The file says its text is split in the way called "smollm", each digit alone; transformers splits as GPT-2 does.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -1,5 +1,5 @@
 # Source this file: it enters the checkout, makes its virtual environment (.venv) when it is absent or out of date, and
-# activates it. PYTHON names another interpreter than the newest one found. A second run reuses what is there.
+# activates it. PYTHON names another interpreter than python3. A second run reuses what is there.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 

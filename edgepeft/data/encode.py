@@ -141,7 +141,7 @@ class Encoder:
         return ids if ids and ids[-1] == eos else [*ids, eos]
 
     def _tokenise(self, texts: list[str], *, special: bool, offsets: bool = False) -> Mapping[str, list[list[Any]]]:
-        return self.tokenizer(
+        encoding: Mapping[str, list[list[Any]]] = self.tokenizer(
             texts,
             add_special_tokens=special,
             return_special_tokens_mask=True,
@@ -152,6 +152,7 @@ class Encoder:
             truncation=False,
             verbose=False,
         )
+        return encoding
 
 
 def fit(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 
 from edgepeft.data.batches import Numbers
 from edgepeft.errors import UsageError, nearest
@@ -37,10 +38,11 @@ def check_labels(validation: datasets.Dataset, names: tuple[str, ...]) -> None:
         UsageError: names the label and its first row.
     """
     found = validation.data.table["label"]
-    for index, label in enumerate(found.to_pylist()):
+    for label in pc.unique(found).to_pylist():
         if label not in names:
+            first = pc.index(found, label).as_py()
             raise UsageError(
-                f"{validation[index]['where']}: the label {label!r} is in the validation data only.",
+                f"{validation[first]['where']}: the label {label!r} is in the validation data only.",
                 "A model cannot learn a class it never sees.",
                 nearest(label, names),
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -60,7 +61,8 @@ class _Classifier(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
+        input_ids, attention_mask = inputs
         logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         return logits
 
@@ -72,9 +74,8 @@ class _CausalLM(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        input_ids, attention_mask, position_ids, *past = inputs
         _share_sizes(input_ids, past)
         output = self.model(
             input_ids=input_ids,
@@ -97,7 +98,8 @@ class _Encoder(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        input_ids, attention_mask = inputs
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         self.model(
             input_ids=input_ids,
@@ -123,7 +125,8 @@ class _Decoder(nn.Module):
         self.width = width
         self.layers = layers
 
-    def forward(self, decoder_input_ids: Tensor, encoder_attention_mask: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        decoder_input_ids, encoder_attention_mask, *states = inputs
         past, cross = states[: 2 * self.layers], states[2 * self.layers :]
         _share_sizes(decoder_input_ids, past)
         _share_sizes(encoder_attention_mask, cross)
@@ -197,7 +200,7 @@ def _example(model: nn.Module, tokens: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _cache(states: tuple[Tensor, ...]) -> DynamicCache:
+def _cache(states: Sequence[Tensor]) -> DynamicCache:
     """A cache that already holds ``states``: keys and values of layer 0, of layer 1, and so on.
 
     Filled by hand since ``update`` would trace a concatenation with an empty tensor for each of them. Every layer keeps all
@@ -229,7 +232,7 @@ def _cache_inputs(prefix: str, cache: DynamicCache, length: int, axis: str) -> d
     }
 
 
-def _share_sizes(tokens: Tensor, states: tuple[Tensor, ...]) -> None:
+def _share_sizes(tokens: Tensor, states: Sequence[Tensor]) -> None:
     """Say up front that all states have one batch and one length: found out later, it costs a symbol and a proof each."""
     for state in states:
         torch._check(state.shape[0] == tokens.shape[0])

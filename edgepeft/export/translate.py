@@ -1,28 +1,55 @@
-"""One traced module becomes one ONNX file, without the parts of torch's exporter that cost most and change nothing."""
+"""One module becomes one ONNX file, without the parts of torch's exporter that cost most and change nothing."""
 
 from __future__ import annotations
 
-import os
-import time
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir.passes.common as passes
+import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import Node
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.onnx import ONNXProgram, OnnxExporterError
+
+from edgepeft.errors import EdgePeftError
 
 Axes = dict[int, str]
+"""Names of the axes whose size is free, by their number."""
+
 aten = torch.ops.aten
+_ASSERTIONS = {aten._assert_scalar.default, aten._assert_tensor_metadata.default, aten._assert_async.msg}
+# Operators that return their input's values, at most in another dtype.
+_COPIES = {
+    aten.alias.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
+    aten.to.device,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+}
+_SYNONYMS = {aten.__and__.Tensor: aten.bitwise_and.Tensor, aten.min.other: aten.minimum.default}
+_IN_PLACE = {aten.add_.Tensor: aten.add.Tensor}
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A module to translate.
+    """What to translate.
 
     Attributes:
         name: of the file, without ``.onnx``.
-        inputs: an example of each input with the names of its dynamic axes, in the order ``module`` takes them.
-        outputs: their names, in the order ``module`` returns them.
+        module: takes the inputs as positional arguments, returns the outputs.
+        inputs: an example of each input, and its free axes; sizes of free axes must differ from each other and exceed one.
+        outputs: names of the outputs.
     """
 
     name: str
@@ -30,67 +57,128 @@ class Graph:
     inputs: dict[str, tuple[Tensor, Axes]]
     outputs: list[str]
 
-_ASSERTIONS = {aten._assert_scalar.default, aten._assert_tensor_metadata.default, aten.sym_constrain_range_for_size.default, aten._assert_async.msg}
-_COPIES = {aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.contiguous.default, aten.lift_fresh_copy.default, aten.detach_.default, aten.detach.default, aten.alias.default, aten.dropout.default}
-_RENAMED = {aten.__and__.Tensor: aten.bitwise_and.Tensor, aten.min.other: aten.minimum.default, aten.add_.Tensor: aten.add.Tensor}
-
-def clean(program):
-    graph = program.graph
-    for node in list(graph.nodes):
-        if node.op != "call_function": continue
-        if node.target in _ASSERTIONS:
-            graph.erase_node(node)
-        elif node.target in _COPIES:
-            source = node.args[0]
-            dtype = node.meta["val"].dtype
-            if source.meta["val"].dtype != dtype:
-                with graph.inserting_before(node):
-                    copy = graph.call_function(aten._to_copy.default, (source,), {"dtype": dtype})
-                copy.meta = dict(node.meta)
-                source = copy
-            node.replace_all_uses_with(source)
-            graph.erase_node(node)
-        elif node.target in _RENAMED:
-            node.target = _RENAMED[node.target]
-    graph.eliminate_dead_code()
-
 
 def write(graph: Graph, path: Path) -> None:
-    t=[time.process_time()]
-    def lap(n):
-        t.append(time.process_time()); print(f"   {n} {t[-1]-t[-2]:.2f}", end="")
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), torch.fx.experimental._config.patch(backed_size_oblivious=True):
-        args=tuple(v for v,_ in graph.inputs.values())
-        D=torch.export.Dim.DYNAMIC
-        named=[ax for _,ax in graph.inputs.values()]
-        # the modules take *rest for what follows
-        import inspect
-        k=sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in inspect.signature(graph.module.forward).parameters.values())
-        def nest(l): return (*l[:k], tuple(l[k:])) if len(l)>k else tuple(l)
-        program=torch.export.export(graph.module,args,dynamic_shapes=nest([{a:D for a in ax} for ax in named]),strict=False)
-        lap("trace"); n0=len(program.graph.nodes)
-        if "CLEAN" in os.environ:
-            clean(program)
-            program.run_decompositions=lambda table=None: program
-        lap(f"clean({n0}->{len(program.graph.nodes)})")
-        import pass_; print(dict(pass_.missing(program)))
-        import cProfile,pstats; pr=cProfile.Profile(); pr.enable() if "PROF" in os.environ else None
-        p=torch.onnx.export(program,args,dynamic_shapes=nest(named),input_names=list(graph.inputs),output_names=graph.outputs,optimize=False,dynamo=True,verbose=False)
-        pr.disable(); pstats.Stats(pr).sort_stats("cumtime").print_stats(60) if "PROF" in os.environ else None
-        lap(f"onnx({len(list(p.model.graph))})")
-        opt(p, lap)
-        p.save(path,external_data=True); lap("save"); print(f"  TOTAL {t[-1]-t[0]:.2f}")
+    """Trace ``graph`` and save it as ONNX, its weights in ``<path>.data``.
 
-def opt(p, lap):
-    import onnxscript.optimizer as O, onnx_ir.passes.common as C, onnx_ir as ir
-    if "OPT" not in os.environ:
-        p.optimize(); lap(f"optimize({len(list(p.model.graph))})"); return
-    m=p.model
-    def P(x):
-        x(m); lap(f"{type(x).__name__[:16]}({len(list(m.graph))})")
-    P(C.InlinePass()); 
-    O.fold_constants(m); lap(f"fold({len(list(m.graph))})")
-    P(C.RemoveUnusedNodesPass())
-    P(C.LiftConstantsToInitializersPass(lift_all_constants=True,size_limit=0))
-    P(C.DeduplicateInitializersPass()); P(C.CommonSubexpressionEliminationPass())
-    P(C.RemoveUnusedNodesPass()); P(C.RemoveUnusedFunctionsPass()); P(C.RemoveUnusedOpsetsPass()); P(C.OutputFixPass()); P(C.NameFixPass())
+    ``torch.onnx.export`` alone would do, in three times the time: it traces the module, traces the result again to
+    decompose operators (all of which ONNX can express as they are), and then matches some hundred rewrite rules at every
+    node. Here the first trace is tidied by hand so that the second is not needed, and the rules are left out: constant
+    folding and the removal of duplicates give the same kernels, and onnxruntime optimises every graph when it loads it.
+
+    Raises:
+        EdgePeftError: torch cannot trace the module or cannot express it in ONNX.
+    """
+    examples = tuple(example for example, _ in graph.inputs.values())
+    axes = [axes for _, axes in graph.inputs.values()]
+    with _quiet(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused CPU attention returns strides ONNX cannot view
+        try:
+            program = _trace(graph.module, examples, axes)
+            program_onnx = _translate(program, examples, axes, graph)
+            _simplify(program_onnx)
+        except Exception as error:  # torch.export raises whatever the model's own code raises under tracing
+            raise EdgePeftError(
+                f"The {graph.name} graph could not be exported to ONNX.",
+                next(iter(str(error).splitlines()), type(error).__name__),
+                "The merged model is intact. Please report this, with the model's name and method.",
+            ) from error
+        program_onnx.save(path, external_data=True)
+
+
+def _trace(module: nn.Module, examples: tuple[Tensor, ...], axes: list[Axes]) -> ExportedProgram:
+    free = tuple(dict.fromkeys(named, Dim.DYNAMIC) for named in axes)
+    # The setting torch.onnx.export itself traces with: sizes of 0 and 1 are not special.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        return torch.export.export(module, examples, dynamic_shapes=(free,), strict=False)
+
+
+def _translate(program: ExportedProgram, examples: tuple[Tensor, ...], axes: list[Axes], graph: Graph) -> ONNXProgram:
+    """Translate without the decomposing second trace if possible, else with it."""
+
+    def translate() -> ONNXProgram:
+        translated = torch.onnx.export(
+            program,
+            examples,
+            dynamic_shapes=(tuple(axes),),
+            input_names=list(graph.inputs),
+            output_names=graph.outputs,
+            optimize=False,
+            verbose=False,
+        )
+        assert translated is not None
+        return translated
+
+    if not _tidy(program):
+        return translate()
+    program.run_decompositions = lambda *args, **kwargs: program  # type: ignore[method-assign]
+    try:
+        return translate()
+    except OnnxExporterError:  # an operator that ONNX cannot express as it is
+        del program.run_decompositions
+        return translate()
+
+
+def _tidy(program: ExportedProgram) -> bool:
+    """Drop or rename the operators of a trace that have no translation; say whether it is free of in-place changes."""
+    for node in list(program.graph.nodes):
+        if node.target in _ASSERTIONS:
+            program.graph.erase_node(node)
+        elif node.target in _COPIES:
+            node.replace_all_uses_with(_as_dtype(node.args[0], node))
+            program.graph.erase_node(node)
+        elif node.target in _SYNONYMS:
+            node.target = _SYNONYMS[node.target]
+        elif node.target in _IN_PLACE and _is_unshared(node.args[0]):
+            node.target = _IN_PLACE[node.target]
+    program.graph.eliminate_dead_code()
+    return not any(_schema(node) is not None and _schema(node).is_mutable for node in program.graph.nodes)
+
+
+def _as_dtype(source: Node, node: Node) -> Node:
+    """``source``, converted if ``node`` has another dtype."""
+    dtype = node.meta["val"].dtype
+    if source.meta["val"].dtype == dtype:
+        return source
+    with node.graph.inserting_before(node):
+        converted = node.graph.call_function(aten._to_copy.default, (source,), {"dtype": dtype})
+    converted.meta = dict(node.meta)
+    return converted
+
+
+def _is_unshared(node: Node) -> bool:
+    """Whether the one reader of this tensor is the operator that changes it: then the change is as good as a new tensor."""
+    schema = _schema(node)
+    return len(node.users) == 1 and schema is not None and all(value.alias_info is None for value in schema.returns)
+
+
+def _schema(node: Node) -> Any:
+    return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
+
+
+def _simplify(program: ONNXProgram) -> None:
+    model = program.model
+    passes.InlinePass()(model)
+    onnxscript.optimizer.fold_constants(model)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.DeduplicateInitializersPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedFunctionsPass()(model)
+    passes.RemoveUnusedOpsetsPass()(model)
+    passes.OutputFixPass()(model)
+    passes.NameFixPass()(model)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's warnings from the user; errors are raised and stay."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -18,7 +18,7 @@ from edgepeft.anatomy import Anatomy
 from edgepeft.backbone import Backbone
 from edgepeft.errors import EdgePeftError, UsageError, nearest
 from edgepeft.placements import selection
-from edgepeft.precision import is_packed
+from edgepeft.precision import is_packed, store_frozen
 
 Kind = Literal["additive", "selective", "reparametrised", "hybrid"]
 
@@ -44,6 +44,7 @@ class Method(ABC):
     kind: ClassVar[Kind]
     merges: ClassVar[bool] = True
     writes_backbone: ClassVar[bool] = False  # needs weights that are not packed
+    backpropagates: ClassVar[bool] = True  # through the backbone, so that checkpointing its activations saves memory
     updates_in_backward: ClassVar[bool] = False  # no gradient is left to accumulate or clip when backward ends
     aliases: ClassVar[Mapping[str, str]] = {}  # other names, each with the precision that it stands for
     learning_rate: ClassVar[float] = 1e-3  # where a search starts, as the paper or common practice has it
@@ -62,6 +63,11 @@ class Method(ABC):
                 "It writes to the backbone's own weights, and packed weights cannot be written.",
                 "Use --precision bf16, or a method that leaves the backbone alone: lora, ln_tuning, lst.",
             )
+
+    def require(self, holds: bool, option: str, expected: str) -> None:
+        """Refuse the value of a hyper-parameter unless ``holds``; for ``__post_init__``."""
+        if not holds:
+            raise UsageError(f"{self.name}: {option} = {getattr(self, option)!r} must be {expected}.", "", "")
 
     @abstractmethod
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
@@ -95,8 +101,10 @@ def apply(method: Method, backbone: Backbone) -> None:
     method.inject(backbone.model, backbone.anatomy)
     present = dict(backbone.model.named_parameters())
     selection.train(
-        backbone.model, (name for name in backbone.fresh if name in present and not present[name].requires_grad)
+        backbone.model,  # sorted: the order of a set differs from process to process, and with it that of the optimizer
+        (name for name in sorted(backbone.fresh) if name in present and not present[name].requires_grad),
     )
+    store_frozen(backbone.model)
 
 
 def names() -> list[str]:
@@ -141,9 +149,10 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> Method:
         expected = type(fields[option].default)
         if isinstance(value, list):
             (options := dict(options or {}))[option] = value = tuple(value)
-        if not isinstance(value, (int, float) if expected is float else expected) or isinstance(value, bool) != (
-            expected is bool
-        ):
+        right = isinstance(value, (int, float) if expected is float else expected)
+        if expected is tuple:
+            right = right and all(isinstance(item, str) for item in value)
+        if not right or isinstance(value, bool) != (expected is bool):
             raise UsageError(
                 f"{name}: {option} = {value!r} is not of type {expected.__name__}.",
                 "",
@@ -171,3 +180,32 @@ def _class_in(module_name: str) -> type[Method]:
             f"The module {module_name} holds {len(found)} methods.", "A method is a module with one Method class.", ""
         )
     return found[0]
+
+
+def describe(method: type[Method]) -> dict[str, Any]:
+    """A method as plain data: its place in the survey's taxonomy, its paper and its hyper-parameters."""
+    import ast
+
+    name = method.__module__.removeprefix(f"{__package__}.")
+    body = ast.parse(inspect.getsource(method)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    meanings = {  # a field's meaning is the string below it
+        entry.target.id: text.value.value
+        for entry, text in zip(body.body, body.body[1:], strict=False)
+        if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+    options = [
+        {"name": field.name, "default": field.default, "meaning": meanings.get(field.name, "")}
+        for field in dataclasses.fields(method)
+    ]
+    return {
+        "name": name,
+        "kind": method.kind,
+        "merges": method.merges,
+        "paper": f"{method.paper.title} ({method.paper.year}), arXiv {method.paper.arxiv}",
+        "summary": inspect.cleandoc(method.__doc__ or "").splitlines()[0],
+        "aliases": dict(method.aliases),
+        "learning_rate": method.learning_rate,
+        "options": options,
+    }

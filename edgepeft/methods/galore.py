@@ -30,6 +30,10 @@ class GaLore(Method):
     scale: float = 0.25
     """Factor on the projected update (alpha in the paper)."""
 
+    def __post_init__(self) -> None:
+        self.require(self.rank >= 1, "rank", "at least 1")
+        self.require(self.period >= 1, "period", "at least 1")
+
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
         model.requires_grad_(True)
         for name in anatomy.linears(ROLES):

@@ -57,6 +57,10 @@ class LoRA(Method):
     targets: tuple[str, ...] = ROLES
     """Roles of the linear layers that are changed; all of them is what QLoRA found best (arXiv 2305.14314)."""
 
+    def __post_init__(self) -> None:
+        self.require(self.rank >= 1, "rank", "at least 1")
+        self.require(0 <= self.dropout < 1, "dropout", "a probability below 1")
+
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
         for role in self.targets:
             if role not in ROLES:

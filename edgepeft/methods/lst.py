@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from edgepeft.anatomy import Anatomy, Block, is_norm
 from edgepeft.errors import UsageError
 from edgepeft.methods.base import Method, NotMergeable, Paper
 from edgepeft.placements import ladder, selection
-from edgepeft.precision import PackedLinear
+from edgepeft.precision import StoredLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,16 @@ class LST(Method):
     paper = Paper("LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", 2022, "2206.06522")
     kind = "additive"
     merges = False
+    backpropagates = False
     learning_rate = 2e-3
 
     reduction: int = 8
     """How many times narrower the side network is than the backbone; at least 4."""
     layers: float = 0.5
     """Share of the backbone's layers that have a side layer, evenly spaced."""
+
+    def __post_init__(self) -> None:
+        self.require(0 < self.layers <= 1, "layers", "a share above 0, up to 1")
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
         config: Any = model.config
@@ -57,12 +62,20 @@ class LST(Method):
         )
 
     def _check(self, model: nn.Module, stacks: list[list[Block]]) -> None:
-        query = model.get_submodule(stacks[0][0].linears["ffn_in"][0])
-        if self.reduction < 4 or query.in_features % self.reduction:
+        """Every head must stay whole, and of a rotated one every stride-th frequency is kept."""
+        config: Any = model.config
+        hidden = _width(model, stacks[0][0])
+        output: Any = model.get_submodule(stacks[0][0].linears["output"][0])
+        head = output.in_features // config.num_attention_heads
+        frequencies = [len(m.inv_freq) for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
+        divided = math.gcd(hidden, head, *frequencies)
+        if self.reduction < 4 or divided % self.reduction:
+            fitting = [str(number) for number in range(4, divided + 1) if divided % number == 0]
             raise UsageError(
                 f"lst: a reduction of {self.reduction} does not fit this model.",
-                f"It must be at least 4 and divide the hidden size, {query.in_features}.",
-                "The paper uses 8.",
+                f"It must be at least 4 and divide the hidden size, {hidden}, and the width of a head, {head}"
+                + (f", with its {frequencies[0]} rotary frequencies." if frequencies else "."),
+                f"Possible: {', '.join(fitting)}; the paper uses 8." if fitting else "Use another method: lora.",
             )
 
     def _build(self, model: nn.Module, config: Any, blocks: list[Block], features: Tensor, source: Tensor) -> None:
@@ -115,7 +128,7 @@ def _selecting(width: int, features: Tensor, place: dict[str, Any]) -> nn.Linear
 
 
 def _weight(linear: nn.Module) -> Tensor:
-    return (linear.dequantize() if isinstance(linear, PackedLinear) else linear.weight).detach().float()  # type: ignore
+    return linear.dequantize(torch.float32) if isinstance(linear, StoredLinear) else linear.weight.detach().float()
 
 
 def _largest(importance: Tensor, count: int) -> Tensor:

@@ -36,6 +36,13 @@ def train(model: nn.Module, names: Iterable[str]) -> None:
         parametrize.register_parametrization(module, leaf, _Master(dtype), unsafe=True)
 
 
+def recast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let every master hand out its cast in ``dtype``, in a model that was itself cast to it."""
+    for module in model.modules():
+        if isinstance(module, _Master):
+            module.dtype = dtype
+
+
 def fold(model: nn.Module) -> None:
     """Replace every master by a plain parameter of the master's own precision."""
     for module in list(model.modules()):

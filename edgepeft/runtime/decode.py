@@ -152,3 +152,20 @@ def _step(
     outputs = graph.run({**feed, **past})
     logits = outputs.pop("logits").numpy()[:, -1].astype(np.float32)
     return logits, {name.replace("present.", "past_key_values.", 1): value for name, value in outputs.items()}
+
+
+def causal_logits(graph: Graph, input_ids: Tokens, attention_mask: Tokens) -> NDArray[np.float32]:
+    """The logits (batch, tokens, vocabulary) after every token, for batches padded on the right."""
+    feed: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if "position_ids" in graph.inputs:
+        feed["position_ids"] = np.clip(np.cumsum(attention_mask, axis=1) - 1, 0, None)
+    return graph.run({**feed, **_empty_past(graph, len(input_ids))})["logits"].numpy()
+
+
+def seq2seq_logits(
+    encoder: Graph, decoder: Graph, input_ids: Tokens, attention_mask: Tokens, decoder_input_ids: Tokens
+) -> NDArray[np.float32]:
+    """The decoder's logits (batch, target tokens, vocabulary) after every given target token."""
+    cross = encoder.run({"input_ids": input_ids, "attention_mask": attention_mask})
+    feed = {"decoder_input_ids": decoder_input_ids, "encoder_attention_mask": attention_mask}
+    return decoder.run({**feed, **cross, **_empty_past(decoder, len(input_ids))})["logits"].numpy()

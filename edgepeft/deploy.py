@@ -1,0 +1,170 @@
+"""From a trained model to a device folder: export, quantise, hold every variant to the parity gate, package the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from edgepeft import ledger
+from edgepeft.backbone import positions
+from edgepeft.data import Data
+from edgepeft.errors import EdgePeftError
+from edgepeft.evaluate import evaluate, sample_logits
+from edgepeft.export import onnx, parity, quantize
+from edgepeft.export.package import package
+from edgepeft.files import size_bytes
+from edgepeft.ledger import Row
+from edgepeft.recipe import Recipe
+from edgepeft.runtime.sessions import open_graphs
+from edgepeft.step import Batch
+from edgepeft.train import validation_batches
+from edgepeft.workspace import Workspace
+
+PROMPTS, TOKENS = 8, 24  # generated and compared
+UNBOUNDED = 4096  # tokens a device accepts for a model whose positions have no end (T5)
+
+
+def deploy(
+    model: Any,
+    recipe: Recipe,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    space: Workspace,
+    say: Callable[[str], None],
+) -> Path:
+    """Export ``model`` (fp32) and leave the best variant that keeps the fine-tune in the device folder.
+
+    Raises:
+        EdgePeftError: the exported graph does not compute what the model does, or every variant lost the fine-tune.
+    """
+    model.eval()
+    gate = _Gate(model, recipe, data, space)
+    say("export: making the fp32 graph")
+    onnx.export(model, data.task, space.onnx / "fp32")
+    row = gate.measure("fp32")
+    ledger.record(space.ledger, row)
+    say(f"export: onnx-fp32: {_described(row)}")
+    if not row.kept:
+        raise EdgePeftError("The exported ONNX graph does not compute what the trained model does.", row.note, _REPORT)
+    rows = {"fp32": row}
+    for variant in (name for name in recipe.variants if name != "fp32"):
+        quantize.quantize(space.onnx / "fp32", variant, data.task, space.onnx / variant)
+        rows[variant] = gate.measure(variant)
+        ledger.record(space.ledger, rows[variant])
+        say(f"export: onnx-{variant}: {_described(rows[variant])}")
+    best = choose(rows)
+    shipped = {name: _marked(row, name == best) for name, row in rows.items()}
+    ledger.record(space.ledger, *shipped.values())
+    package(
+        graphs=space.onnx / best,
+        tokenizer=tokenizer,
+        task=data.task,
+        labels=data.labels or None,
+        template=data.template,
+        eos_token_ids=gate.stops,
+        decoder_start_token_id=gate.start,
+        max_tokens=positions(model.config) or UNBOUNDED,
+        name=recipe.model,
+        method=recipe.method or "",
+        variant=best,
+        metrics=rows[best].metrics,
+        target=space.device,
+    )
+    say(f"device: {space.device} holds the {best} graph, {size_bytes(space.device) / 2**20:.0f} MiB")
+    return space.device
+
+
+def choose(rows: dict[str, Row]) -> str:
+    """The smallest variant that kept the fine-tune and is not slower than fp32 on this machine."""
+
+    def slower(row: Row) -> bool:
+        if row.tokens_per_second is not None and rows["fp32"].tokens_per_second is not None:
+            return row.tokens_per_second < rows["fp32"].tokens_per_second
+        return (row.latency_ms or 0.0) > (rows["fp32"].latency_ms or 0.0)
+
+    fitting = [name for name, row in rows.items() if row.kept and (name == "fp32" or not slower(row))]
+    return min(fitting, key=lambda name: rows[name].bytes or 0)
+
+
+_REPORT = "The adapter and the merged model are untouched. Please report it with the recipe."
+
+
+class _Gate:
+    """Measures a variant against the artefact before it, on the run's validation examples."""
+
+    def __init__(self, model: Any, recipe: Recipe, data: Data, space: Workspace) -> None:
+        self.model, self.data, self.space = model, data, space
+        self.torch_batches: list[Batch] = validation_batches(data, recipe)
+        self.batches = [{name: value.numpy() for name, value in batch.items()} for batch in self.torch_batches]
+        self.start: int | None = model.config.decoder_start_token_id if data.task == "seq2seq" else None
+        self.stops = _stops(model)
+        count = min(PROMPTS, len(data.validation))
+        self.prompts = [] if data.task == "classification" else [e.prompt_ids for e in data.validation.examples(range(count))]
+        self.tuned = Row(artefact="tuned", metrics=evaluate(model, self.torch_batches))
+        self.expected: list[list[int]] = [self._torch_tokens(prompt) for prompt in self.prompts]
+        self.fp32_tokens = self.expected
+
+    def measure(self, variant: str) -> Row:
+        graphs = open_graphs(self.space.onnx / variant, self.data.task)
+        if variant == "fp32":
+            found = parity.compare(graphs, self.batches, self._torch_logits)
+        else:
+            before = open_graphs(self.space.onnx / "fp32", self.data.task)
+            found = parity.compare(graphs, self.batches, lambda i: parity.target_logits(before, self.batches[i]))
+        tokens = [parity.generate(graphs, prompt, TOKENS, self.stops, self.start) for prompt in self.prompts]
+        latency, speed = parity.speed(graphs, self.data.task, self.start)
+        row = Row(
+            artefact=f"onnx-{variant}",
+            metrics=found.metrics,
+            bytes=size_bytes(self.space.onnx / variant),
+            latency_ms=latency,
+            tokens_per_second=speed,
+            deviation=found.deviation,
+            same_tokens=parity.same_tokens(self.expected, tokens) if self.prompts else None,
+        )
+        note = parity.keeps_fine_tune(self.data.task, row, self.tuned, ledger.find(self.space.ledger, "base"))
+        if variant == "fp32" and found.deviation > parity.FP32_TOLERANCE:
+            note = f"Logits differ by {found.deviation:.2g} of the largest; up to {parity.FP32_TOLERANCE:g} is rounding."
+        return Row(**{**vars(row), "kept": not note, "note": note})
+
+    @torch.no_grad()
+    def _torch_logits(self, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        return sample_logits(self.model, [self.torch_batches[index]])[0].numpy()
+
+    @torch.no_grad()
+    def _torch_tokens(self, prompt: Sequence[int]) -> list[int]:
+        ids = torch.tensor([list(prompt)], device=self.model.device)
+        made = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=self.stops or None,
+            pad_token_id=(self.stops or [0])[0],
+        )[0].tolist()
+        return made[1:] if self.data.task == "seq2seq" else made[len(prompt) :]  # type: ignore[no-any-return]
+
+
+def _stops(model: Any) -> list[int]:
+    """Tokens that end an answer, as the model's generation settings have it."""
+    found = getattr(model, "generation_config", None)
+    ends = found.eos_token_id if found is not None and found.eos_token_id is not None else model.config.eos_token_id
+    return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [int(ends)]
+
+
+def _marked(row: Row, shipped: bool) -> Row:
+    note = row.note or ("On the device." if shipped else "Not on the device: another is smaller and as good.")
+    return Row(**{**vars(row), "kept": shipped, "note": note})
+
+
+def _described(row: Row) -> str:
+    parts = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in row.metrics.items()]
+    parts.append(f"{(row.bytes or 0) / 2**20:.0f} MiB")
+    parts.append(f"{row.latency_ms:.1f} ms" if row.tokens_per_second is None else f"{row.tokens_per_second:.1f} tokens/s")
+    return ", ".join(parts) + (f". Refused: {row.note}" if row.note else "")

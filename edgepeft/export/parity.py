@@ -1,0 +1,118 @@
+"""ONNX graphs against the torch model they were made from: logits, metric, generated tokens and speed on real examples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgepeft.ledger import Row
+from edgepeft.runtime import decode
+from edgepeft.runtime.sessions import Graph
+
+FP32_TOLERANCE = 1e-3  # relative: the same arithmetic in another order; measured exports are at 1e-6 to 1e-4
+KEPT_GAIN = 0.5  # share of what fine-tuning gained that a quantised variant must keep, or the fine-tune counts as lost
+PREFILL, DECODE = 32, 24  # tokens of the latency measurement
+CLASSIFIED = 64
+
+Arrays = Mapping[str, NDArray[Any]]
+Graphs = Mapping[str, Graph]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Metrics of the graphs on some batches, and the largest difference of logits relative to the largest logit."""
+
+    metrics: dict[str, float]
+    deviation: float
+
+
+def target_logits(graphs: Graphs, batch: Arrays) -> NDArray[np.float32]:
+    """Logits of the graphs where the batch has targets: (targets, classes or vocabulary). A batch is as in training."""
+    mask = batch["attention_mask"]
+    if "labels" in batch:
+        feed = {"input_ids": batch["input_ids"], "attention_mask": mask}
+        return graphs["model"].run(feed)["logits"].numpy()
+    if "decoder_input_ids" in batch:
+        steps = decode.seq2seq_logits(
+            graphs["encoder"], graphs["decoder"], batch["input_ids"], mask, batch["decoder_input_ids"]
+        )
+    else:
+        steps = decode.causal_logits(graphs["model"], batch["input_ids"], mask)
+    return steps.reshape(-1, steps.shape[-1])[batch["target_positions"]]
+
+
+def compare(
+    graphs: Graphs, batches: Sequence[Arrays], reference: Callable[[int], NDArray[np.float32]]
+) -> Comparison:
+    """Hold the graphs against ``reference(i)``, the logits another artefact gives for batch ``i``. One batch at a time."""
+    loss, right, count, difference, largest = 0.0, 0, 0, 0.0, 0.0
+    name = "accuracy"
+    for index, batch in enumerate(batches):
+        wanted = batch["labels"] if "labels" in batch else batch["target_ids"]
+        name = "accuracy" if "labels" in batch else "token_accuracy"
+        logits, other = target_logits(graphs, batch), reference(index)
+        difference = max(difference, float(np.abs(logits - other).max()))
+        largest = max(largest, float(np.abs(other).max()))
+        exact = logits.astype(np.float64)
+        shifted = exact - exact.max(-1, keepdims=True)
+        loss += float((np.log(np.exp(shifted).sum(-1)) - np.take_along_axis(shifted, wanted[:, None], 1)[:, 0]).sum())
+        right += int((logits.argmax(-1) == wanted).sum())
+        count += len(wanted)
+    return Comparison({"loss": loss / count, name: right / count}, difference / largest)
+
+
+def same_tokens(expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> float:
+    """The share of generated tokens that are equal up to the first difference, over all prompts."""
+    equal = total = 0
+    for one, other in zip(expected, found, strict=True):
+        total += max(len(one), len(other))
+        agree = [a == b for a, b in zip(one, other, strict=False)]
+        equal += agree.index(False) if False in agree else len(agree)
+    return equal / total if total else 1.0
+
+
+def generate(graphs: Graphs, prompt: Sequence[int], tokens: int, stops: Sequence[int], start: int | None) -> list[int]:
+    """Greedy tokens after one prompt, the stop token included."""
+    ids = np.array([prompt], np.int64)
+    return decode.greedy(graphs, ids, np.ones_like(ids), tokens, stops, start)[0].tolist()  # type: ignore[no-any-return]
+
+
+def speed(graphs: Graphs, task: str, start: int | None, *, runs: int = 5) -> tuple[float, float | None]:
+    """Milliseconds to classify 64 tokens or to read a prompt of 32, and tokens a second generated after it: medians."""
+    if task == "classification":
+        ids = np.full((1, CLASSIFIED), 5, np.int64)
+        feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        return float(np.median([_seconds(lambda: graphs["model"].run(feed)) for _ in range(runs + 1)][1:])) * 1e3, None
+    ids = np.full((1, PREFILL), 5, np.int64)
+    prefill, whole = [], []
+    for _ in range(runs + 1):
+        prefill.append(_seconds(lambda: decode.greedy(graphs, ids, np.ones_like(ids), 1, (), start)))
+        whole.append(_seconds(lambda: decode.greedy(graphs, ids, np.ones_like(ids), 1 + DECODE, (), start)))
+    first = float(np.median(prefill[1:]))
+    return first * 1e3, DECODE / max(float(np.median(whole[1:])) - first, 1e-9)
+
+
+def keeps_fine_tune(task: str, row: Row, tuned: Row, base: Row | None) -> str:
+    """Why an artefact lost the fine-tune, or an empty string when it did not.
+
+    It is lost when less than half of what training gained over the untuned model is left, in accuracy for classifiers and
+    in loss for the others. Where training gained nothing there is nothing to lose, and only the metric itself counts.
+    """
+    name, sign = ("accuracy", 1) if task == "classification" else ("loss", -1)
+    gained = 0.0 if base is None else sign * (tuned.metrics[name] - base.metrics[name])
+    lost = sign * (tuned.metrics[name] - row.metrics[name])
+    allowed = KEPT_GAIN * gained if gained > 0 else 0.02 * abs(tuned.metrics[name])
+    if lost <= allowed:
+        return ""
+    return f"{name} {row.metrics[name]:.4f} against {tuned.metrics[name]:.4f}: more than {allowed:.4f} is lost."
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started

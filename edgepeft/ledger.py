@@ -1,0 +1,56 @@
+"""One row for every artefact of a run: how good, how large, how fast, and how far from the one before it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from edgepeft.errors import EdgePeftError
+from edgepeft.files import write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One artefact, measured on the same held-out examples as all others.
+
+    Attributes:
+        metrics: ``loss`` in nats, and ``accuracy`` or ``token_accuracy``.
+        latency_ms: one example classified, or a prompt of 32 tokens read.
+        tokens_per_second: generated after that.
+        deviation: largest difference of logits from the artefact before, relative to the largest logit.
+        same_tokens: share of greedily generated tokens equal to that artefact's.
+        kept: whether later artefacts are made from this one, or it goes to the device.
+    """
+
+    artefact: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    bytes: int | None = None
+    latency_ms: float | None = None
+    tokens_per_second: float | None = None
+    deviation: float | None = None
+    same_tokens: float | None = None
+    kept: bool = True
+    note: str = ""
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of ledger.json, none when there is no file."""
+    if not path.exists():
+        return []
+    try:
+        return [Row(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise EdgePeftError(f"{path} is damaged.", str(error), "Delete it; the stages that filled it run again.") from error
+
+
+def record(path: Path, *rows: Row) -> None:
+    """Add rows; a row of the same artefact is replaced where it stands."""
+    known = {row.artefact: row for row in read(path)}
+    known.update({row.artefact: row for row in rows})
+    write_json(path, [asdict(row) for row in known.values()])
+
+
+def find(path: Path, artefact: str) -> Row | None:
+    """The row of an artefact, if it was recorded."""
+    return next((row for row in read(path) if row.artefact == artefact), None)

@@ -1,0 +1,104 @@
+"""Folding what was trained into the backbone's weights, and measuring what that did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from edgepeft import precision
+from edgepeft.backbone import Backbone, repack, save
+from edgepeft.errors import EdgePeftError
+from edgepeft.evaluate import better, evaluate, sample_logits
+from edgepeft.files import atomic_directory, size_bytes
+from edgepeft.ledger import Row
+from edgepeft.methods.base import Method
+from edgepeft.placements import selection
+from edgepeft.step import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TOLERANCE = 1e-3  # relative, in fp32: a correct merge is orders of magnitude closer, a wrong one far away
+COMPARED = 4  # microbatches whose logits are compared
+
+
+def merge(
+    backbone: Backbone,
+    method: Method,
+    *,
+    original: Callable[[], Backbone],
+    batches: Sequence[Batch],
+    tokenizer: PreTrainedTokenizerFast,
+    out: Path,
+) -> list[Row]:
+    """Merge a trained model into a Hugging Face folder ``out``, in fp32.
+
+    A packed backbone is merged twice: into the dequantised weights that the adapter was trained against, and into the
+    original ones. Both are measured and the better is kept. What packing the merged weights again would do is measured too.
+
+    Args:
+        backbone: with the trained adapter in it; it is consumed.
+        original: makes the same with the weights as they were before packing; called only for a packed backbone.
+        batches: held-out examples.
+
+    Returns:
+        The ledger's rows, the kept one last.
+
+    Raises:
+        EdgePeftError: the merged model does not compute what the unmerged one does.
+        NotMergeable: the method does not merge.
+    """
+    at = backbone.precision
+    into = "dequantised" if precision.is_packed(at) else at
+    merged, row = _merged(backbone, method, f"merged-{into}", batches)
+    rows, kept = [row], merged
+    if precision.is_packed(at):
+        other, row = _merged(original(), method, "merged-original", batches)
+        rows.append(row)
+        if better(backbone.task, row.metrics, rows[0].metrics):
+            kept, merged = other, kept
+        rows = [replace(r, kept=(r is row) == (kept is other)) for r in rows]
+        del other
+    with atomic_directory(out) as folder:
+        save(kept, folder, tokenizer)
+    if precision.is_packed(at):
+        repack(kept, backbone.anatomy, at)
+        note = f"What {at} would make of the merged weights again; not used."
+        rows.append(Row(artefact=f"merged-{at}", metrics=evaluate(kept, batches), kept=False, note=note))
+    rows.sort(key=lambda row: row.kept)
+    rows[-1] = replace(rows[-1], bytes=size_bytes(out))
+    return rows
+
+
+def _merged(backbone: Backbone, method: Method, name: str, batches: Sequence[Batch]) -> tuple[Any, Row]:
+    model: Any = backbone.model
+    model.eval()
+    to_full_precision(model)
+    before = sample_logits(model, batches[:COMPARED])
+    method.merge(model)
+    deviation = relative_difference(before, sample_logits(model, batches[:COMPARED]))
+    if not deviation <= TOLERANCE:  # also refuses NaN
+        raise EdgePeftError(
+            f"Merging {method.name} changed the model.",
+            f"Logits differ by {deviation:.2g} of the largest; up to {TOLERANCE:g} is rounding.",
+            "The adapter is untouched. Please report it with the recipe.",
+        )
+    return model, Row(artefact=name, metrics=evaluate(model, batches), deviation=deviation)
+
+
+def to_full_precision(model: nn.Module) -> None:
+    """Unpack and cast to fp32 in place: the same function, without the rounding of half-precision arithmetic."""
+    precision.unpack(model, torch.float32)
+    model.float()
+    selection.recast(model, torch.float32)
+
+
+def relative_difference(reference: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """The largest difference between two lists of tensors, over the largest magnitude in the first."""
+    difference = max(float((a - b).abs().max()) for a, b in zip(reference, others, strict=True))
+    return difference / max(float(a.abs().max()) for a in reference)

@@ -1,0 +1,288 @@
+"""plan → train → merge → export → package: every stage skips work whose inputs have not changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgepeft import adapter, backbone, data, deploy, ledger, plan, probe, report
+from edgepeft import merge as merging
+from edgepeft import recipe as recipes
+from edgepeft import train as training
+from edgepeft.backbone import Backbone, Source
+from edgepeft.errors import UsageError
+from edgepeft.evaluate import evaluate
+from edgepeft.files import size_bytes, write_json
+from edgepeft.hardware import Hardware
+from edgepeft.hardware import load as load_hardware
+from edgepeft.ledger import Row
+from edgepeft.methods import base
+from edgepeft.recipe import Recipe
+from edgepeft.workspace import Workspace, fingerprint, training_inputs
+
+STAGES = ("plan", "train", "merge", "export")
+DEFAULT_TOKENS = 512
+
+Say = Callable[[str], None]
+
+
+def run(wanted: Recipe, out: Path, *, until: str = STAGES[-1], say: Say = lambda line: None) -> Workspace:
+    """Do every stage up to ``until`` in ``out``; the last one leaves a device folder, and each a report.
+
+    Raises:
+        UsageError: something about the input is wrong; found before work starts.
+        EdgePeftError: a stage failed; what was finished before stays.
+    """
+    job = _Job(wanted, out, say)
+    for stage in STAGES[: STAGES.index(until) + 1]:
+        getattr(job, stage)()
+        report.write(out)
+    return job.space
+
+
+class _Job:
+    """The stages of one run. What they share is loaded when first needed."""
+
+    def __init__(self, wanted: Recipe, out: Path, say: Say) -> None:
+        self.space, self.say = Workspace(out), say
+        self.hardware = _usable(load_hardware(wanted.hardware))
+        wanted = self.space.adopt(_with_alias(wanted))
+        self.source: Source = backbone.resolve(wanted.model)
+        self.config = backbone.config(self.source, trust_remote_code=wanted.trust_remote_code)
+        self.tokenizer = backbone.tokenizer(self.source, trust_remote_code=wanted.trust_remote_code)
+        self.recipe = dataclasses.replace(wanted, max_tokens=self._max_tokens(wanted))
+        if self.recipe.method is not None:  # refuse bad options before the data is read
+            base.create(self.recipe.method, self.recipe.options)
+        self.data = data.load(
+            self.recipe.data,
+            tokenizer=self.tokenizer,
+            cache=self.space.cache,
+            task=self.recipe.task,
+            columns=self.recipe.columns,
+            validation=self.recipe.validation,
+            validation_fraction=self.recipe.validation_fraction,
+            seed=self.recipe.seed,
+            max_tokens=self.recipe.max_tokens or DEFAULT_TOKENS,
+            max_target_tokens=self.recipe.max_target_tokens,
+        )
+        self.recipe = dataclasses.replace(self.recipe, task=self.data.task)
+        self._describe_data()
+
+    def plan(self) -> None:
+        """Choose what the recipe leaves open, and predict the peak of what was chosen."""
+        if self.space.recipe.exists():
+            self.recipe = self.space.adopt(self.recipe)
+            self.say(f"plan: {self._choice()} (as before)")
+            return
+        recipe = self.recipe
+        found = self._plan(recipe, recipe.microbatch, accumulates=recipe.microbatch != recipe.global_batch)
+        chosen = found.chosen()
+        method = base.find(chosen.method)
+        size = recipe.microbatch
+        if size is None:
+            size = plan.usable_microbatch(chosen.microbatch, recipe.global_batch)
+        if method.updates_in_backward and recipe.microbatch is None and size != recipe.global_batch:
+            training.check(dataclasses.replace(recipe, microbatch=size), base.create(chosen.method, recipe.options))
+        self.recipe = dataclasses.replace(
+            recipe,
+            method=chosen.method,
+            precision=chosen.precision,
+            microbatch=size,
+            checkpointing=chosen.checkpointing,
+        )
+        exact = self._plan(self.recipe, size, accumulates=size != recipe.global_batch).chosen()
+        write_json(self.space.plan, {**found.as_json(), "predicted_peak_bytes": exact.peak_bytes, "bytes": exact.bytes})
+        recipes.write(self.recipe, self.space.recipe)
+        self.say(f"plan: {self._choice()}; {exact.peak_bytes / 2**30:.2f} GiB of tensors predicted. {found.why}")
+
+    def train(self) -> None:
+        """Train, unless the adapter of this very recipe and data is there."""
+        inputs = training_inputs(self.recipe)
+        if self.space.done("train", inputs):
+            self.say("train: done before")
+            return
+        if (self.space.root / "checkpoints").exists() and not self.space.done("training", inputs):
+            raise UsageError(
+                f"The data or the model changed since the run in {self.space.root} began.",
+                "Going on from its checkpoint would mix the two.",
+                "Choose another --out, or delete the folder to start over.",
+            )
+        method = base.create(self._needs("method"), self.recipe.options)
+        training.check(self.recipe, method)
+        self.space.finish("training", inputs)
+        plain = self._load(self._needs("precision"))
+        if ledger.find(self.space.ledger, "base") is None:
+            self.say("base: measuring the model as it is")
+            batches = training.validation_batches(self.data, self.recipe)
+            ledger.record(self.space.ledger, Row(artefact="base", metrics=evaluate(plain.model, batches), kept=False))
+        torch.manual_seed(self.recipe.seed)
+        base.apply(method, plain)
+        trainable = sum(parameter.numel() for parameter in adapter.trained(plain.model).values())
+        self.say(f"train: {trainable:,} parameters by {method.name}")
+        done = training.train(self.recipe, plain, method, self.data, self.space.root, start=self._start(trainable))
+        ledger.record(
+            self.space.ledger,
+            Row(artefact="adapter", metrics=done.metrics, bytes=size_bytes(self.space.adapter)),
+        )
+        self.space.finish("train", inputs)
+        self.say(f"train: {_shown(done.metrics)}")
+        del plain
+        gc.collect()
+
+    def merge(self) -> None:
+        """Merge into a Hugging Face folder, if the method merges."""
+        method = base.create(self._needs("method"), self.recipe.options)
+        if not method.merges:
+            self.say(f"merge: {method.name} stays beside its backbone; it is exported as it is")
+            return
+        inputs = self._after_training()
+        if self.space.done("merge", inputs):
+            self.say("merge: done before")
+            return
+        rows = merging.merge(
+            self._trained(self._needs("precision")),
+            method,
+            original=lambda: self._trained("fp32"),
+            batches=training.validation_batches(self.data, self.recipe),
+            tokenizer=self.tokenizer,
+            out=self.space.merged,
+        )
+        ledger.record(self.space.ledger, *rows)
+        self.space.finish("merge", inputs)
+        for row in rows:
+            self.say(f"merge: {row.artefact}: {_shown(row.metrics)}{'' if row.kept else ' (not kept)'}")
+        gc.collect()
+
+    def export(self) -> None:
+        """Export to ONNX, hold every variant against the model before it, and package the best for the device."""
+        inputs = fingerprint(self._after_training(), sorted(self.recipe.variants))
+        if self.space.done("export", inputs) and self.space.device.exists():
+            self.say("export: done before")
+            return
+        if self.space.merged.exists():
+            whole = backbone.load(
+                backbone.resolve(str(self.space.merged)), task=self.data.task, at="fp32", labels=self.data.labels or None
+            )
+        else:
+            whole = self._trained(self._needs("precision"))
+            merging.to_full_precision(whole.model)
+        deploy.deploy(whole.model, self.recipe, self.data, self.tokenizer, self.space, self.say)
+        self.space.finish("export", inputs)
+
+    def _max_tokens(self, wanted: Recipe) -> int:
+        most = backbone.positions(self.config)
+        if wanted.max_tokens is not None and most is not None and wanted.max_tokens > most:
+            raise UsageError(
+                f"{wanted.model} cannot read {wanted.max_tokens} tokens.",
+                f"It has {most} positions.",
+                f"Use --seq-len {most} or less.",
+            )
+        return wanted.max_tokens or min(DEFAULT_TOKENS, most or DEFAULT_TOKENS)
+
+    def _describe_data(self) -> None:
+        parts = (("train", self.data.train), ("validation", self.data.validation))
+        cut = ", ".join(f"{part.truncated} of {name} cut at {self.recipe.max_tokens} tokens" for name, part in parts)
+        self.say(f"data: {len(self.data.train)} to train on, {len(self.data.validation)} to validate; {cut}")
+
+    def _plan(self, recipe: Recipe, microbatch: int | None, *, accumulates: bool) -> plan.Plan:
+        return plan.plan(
+            name=recipe.model,
+            model=probe.as_fields(self.config),
+            task=self.data.task,
+            hardware=self.hardware,
+            tokens=int(max(self.data.train.lengths.max(), self.data.validation.lengths.max())),
+            target_tokens=int(max(self.data.train.target_lengths.max(), self.data.validation.target_lengths.max())),
+            labels=len(self.data.labels) or 2,
+            global_batch=recipe.global_batch,
+            methods=[recipe.method] if recipe.method else None,
+            options=recipe.options if recipe.method else None,
+            precisions=[recipe.precision] if recipe.precision else None,
+            checkpointing=recipe.checkpointing,
+            microbatch=microbatch,
+            accumulates=accumulates,
+            progress=lambda done, total: self.say(f"plan: {done} of {total} configurations traced"),
+        )
+
+    def _choice(self) -> str:
+        again = ", checkpointed" if self.recipe.checkpointing else ""
+        return f"{self.recipe.method} on {self.recipe.precision}, microbatch {self.recipe.microbatch}{again}"
+
+    def _start(self, trainable: int) -> dict[str, Any]:
+        import json
+
+        planned = json.loads(self.space.plan.read_text(encoding="utf-8"))
+        return {
+            "predicted_peak_bytes": planned["predicted_peak_bytes"],
+            "trainable": trainable,
+            "method": self.recipe.method,
+            "precision": self.recipe.precision,
+            "hardware": self.hardware.name,
+        }
+
+    def _load(self, at: str) -> Backbone:
+        return backbone.load(
+            self.source,
+            task=self.data.task,
+            at=at,
+            device=self.hardware.kind,
+            labels=self.data.labels or None,
+            seed=self.recipe.seed,
+            trust_remote_code=self.recipe.trust_remote_code,
+        )
+
+    def _trained(self, at: str) -> Backbone:
+        """The backbone at a precision, with the trained adapter in it."""
+        loaded = self._load(at)
+        base.apply(base.create(self._needs("method"), self.recipe.options), loaded)
+        adapter.load(self.space.adapter, loaded.model)
+        loaded.model.eval()
+        return loaded
+
+    def _after_training(self) -> str:
+        adapter.read_card(self.space.adapter)
+        return fingerprint(self.space.adapter / adapter.TENSORS, training_inputs(self.recipe))
+
+    def _needs(self, name: str) -> str:
+        value: str | None = getattr(self.recipe, name)
+        if value is None:
+            raise UsageError(f"There is no run in {self.space.root} yet.", f"Its {name} is not chosen.", "Run `edgepeft run`.")
+        return value
+
+
+def _with_alias(wanted: Recipe) -> Recipe:
+    """``qlora`` is ``lora`` at a precision: write both down."""
+    if wanted.method is None:
+        return wanted
+    implied = base.implied_precision(wanted.method)
+    if implied is None:
+        base.find(wanted.method)
+        return wanted
+    if wanted.precision not in (None, implied):
+        raise UsageError(
+            f"{wanted.method} means {implied}, not {wanted.precision}.", "", "Leave --precision out, or name the method itself."
+        )
+    return dataclasses.replace(wanted, method=base.create(wanted.method).name, precision=implied)
+
+
+def _usable(hardware: Hardware) -> Hardware:
+    if hardware.kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"This machine has no CUDA device, and {hardware.name} is one.",
+            "",
+            "`edgepeft plan` plans for other hardware; to run here, leave --gpu out.",
+        )
+    if hardware.kind == "cpu" and hardware.cores:
+        torch.set_num_threads(min(hardware.cores, os.cpu_count() or 1))
+    return hardware
+
+
+def _shown(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
+
+

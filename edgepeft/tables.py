@@ -1,0 +1,142 @@
+"""What a person sees in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from edgepeft.hardware import Hardware
+from edgepeft.ledger import Row
+from edgepeft.plan import Plan
+
+GiB = 2**30
+_screen = Console()
+_aside = Console(stderr=True)
+
+
+def say(line: str) -> None:
+    """One line of progress, on standard error."""
+    _aside.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def quiet(*anything: Any) -> None:
+    """No progress at all, for ``--json``."""
+
+
+def progress(what: str) -> Callable[[int, int], None]:
+    """A counter that overwrites itself on a terminal."""
+
+    def show(done: int, total: int) -> None:
+        if _aside.is_terminal:
+            _aside.print(f"{what} {done}/{total}", end="\r" if done < total else "\n", highlight=False)
+
+    return show
+
+
+def profiles(found: Sequence[Hardware]) -> None:
+    """All profiles, a line each."""
+    table = Table("profile", "device", box=None, header_style="bold")
+    for column in ("memory", "free for a job", "GB/s", "bf16 TFLOP/s", "int8 TOP/s"):
+        table.add_column(column, justify="right")
+    for each in found:
+        rates = [f"{each.flops[kind] / 1e12:.1f}" if kind in each.flops else "–" for kind in ("bf16", "int8")]
+        sizes = [f"{each.memory_bytes / GiB:.1f} GiB", f"{each.available_bytes / GiB:.1f} GiB"]
+        table.add_row(each.name, each.title, *sizes, f"{each.bandwidth / 1e9:.0f}", *rates)
+    _screen.print(table)
+
+
+def profile(each: Hardware) -> None:
+    """Every number of one profile, with its source."""
+    table = Table("field", "value", "source", box=None, header_style="bold", title=f"{each.name}: {each.title}", title_justify="left")
+    numbers: dict[str, Any] = {
+        "memory_bytes": each.memory_bytes,
+        "reserved_bytes": each.reserved_bytes,
+        "bandwidth": each.bandwidth,
+        **{f"flops.{kind}": value for kind, value in each.flops.items()},
+        "cores": each.cores,
+        "instructions": " ".join(each.instructions) or None,
+        "providers": ", ".join(each.providers),
+    }
+    for name, value in numbers.items():
+        if value is not None:
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else value
+            table.add_row(name, shown, each.sources.get(name, ""))
+    _screen.print(table)
+
+
+def methods(found: Sequence[Mapping[str, Any]]) -> None:
+    """All methods, a line each."""
+    table = Table("method", "kind", "merges", "paper", box=None, header_style="bold")
+    for each in found:
+        names = ", ".join([each["name"], *(f"{alias} (on {at})" for alias, at in each["aliases"].items())])
+        table.add_row(names, each["kind"], "yes" if each["merges"] else "no", each["paper"])
+    _screen.print(table)
+
+
+def method(each: Mapping[str, Any]) -> None:
+    """One method with its hyper-parameters."""
+    say(f"{each['name']} ({each['kind']}): {each['summary']}\n{each['paper']}")
+    table = Table("option", "default", "meaning", box=None, header_style="bold")
+    for option in each["options"]:
+        table.add_row(option["name"], repr(option["default"]), option["meaning"])
+    table.add_row("lr", f"{each['learning_rate']:g}", "learning rate a run starts from (--set lr=...)")
+    _screen.print(table)
+
+
+def plan(found: Plan) -> None:
+    """What fits, with the bytes of each kind at its peak."""
+    free = found.hardware.available_bytes / GiB
+    title = f"{found.model} on {found.hardware.name}: {free:.1f} GiB free for a job"
+    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+    for column in ("", "method", "precision", "checkpointed"):
+        table.add_column(column)
+    for column in ("microbatch", "peak", "weights", "adapter", "gradients", "optimizer", "activations", "temporaries"):
+        table.add_column(column, justify="right")
+    for number, each in enumerate(found.candidates):
+        mark = "→" if number == found.choice else "fits" if each.fits else "no"
+        sizes = [each.peak_bytes, *(each.bytes.get(kind, 0) for kind in table_kinds)]
+        table.add_row(
+            mark,
+            each.method,
+            each.precision,
+            "yes" if each.checkpointing else "",
+            str(each.microbatch),
+            *(f"{size / GiB:.2f}" for size in sizes),
+            style="bold" if number == found.choice else None if each.fits else "dim",
+        )
+    _screen.print(table)
+    _screen.print("Sizes in GiB, of tensors at the peak; the microbatch is the largest that fits (1 where none does).", style="dim")
+    if found.choice is not None:
+        _screen.print(f"Choice: {found.why}", highlight=False)
+
+
+table_kinds = ("weights", "adapter", "gradients", "optimizer", "activations", "temporaries")
+
+
+def ledger(rows: Sequence[Row]) -> None:
+    """Every artefact of a run."""
+    names = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    table = Table(box=None, header_style="bold")
+    table.add_column("artefact")
+    for column in (*names, "MiB", "ms", "tokens/s", "deviation", "same tokens"):
+        table.add_column(column.replace("_", " "), justify="right")
+    table.add_column("")
+    for row in rows:
+        table.add_row(
+            row.artefact,
+            *(_number(row.metrics.get(name), ".4f") for name in names),
+            _number(None if row.bytes is None else row.bytes / 2**20, ".1f"),
+            _number(row.latency_ms, ".1f"),
+            _number(row.tokens_per_second, ".1f"),
+            _number(row.deviation, ".1e"),
+            _number(row.same_tokens, ".0%"),
+            row.note,
+        )
+    _screen.print(table)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

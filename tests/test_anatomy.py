@@ -1,0 +1,146 @@
+"""Every family's parts are found, each linear layer in one role only."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch import nn
+
+from edgepeft import anatomy
+from edgepeft.backbone import linearize
+from edgepeft.errors import UsageError
+
+FUSED = {"gpt2": {"query", "key", "value"}, "phi3": {"query", "key", "value"}}
+GATED = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "mistral", "t5-gated")
+_MORE = {
+    "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**_small(), pad_token_id=0)),
+    "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**_small())),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_small())),
+    "roberta": lambda: transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**_small(), num_labels=3)),
+}
+ALL = (*tiny.FAMILIES, *_MORE)
+
+
+def _small() -> dict[str, int]:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32}
+    return sizes | {"num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def _model(family: str) -> nn.Module:
+    made = _MORE[family]() if family in _MORE else tiny.model(family)
+    linearize(made)
+    return made
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_every_linear_of_the_blocks_has_one_role(family: str) -> None:
+    model = _model(family)
+    found = anatomy.find(model)
+    assert len(found.blocks) == (4 if family.startswith("t5") else 2)
+    for block in found.blocks:
+        layer = model.get_submodule(block.path)
+        existing = {f"{block.path}.{name}" for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        roles = Counter(name for names in block.linears.values() for name in names)
+        assert set(roles) == existing
+        shared = {name for name, times in roles.items() if times > 1}
+        fused = {name for role in FUSED.get(family, ()) for name in block.linears[role]}
+        assert shared == fused and len(fused) == (family in FUSED)
+        assert len(block.linears["ffn_in"]) == (2 if family in GATED and family != "phi3" else 1)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_roles_are_what_they_say(family: str) -> None:
+    """By shape: feed-forward layers widen and narrow; by position: cross-attention only in a decoder."""
+    model = _model(family)
+    found = anatomy.find(model)
+    width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    for block in found.blocks:
+        for name in block.linears["ffn_in"]:
+            layer = model.get_submodule(name)
+            assert layer.in_features == width and layer.out_features == width * (4 if family in ("gpt2", "phi3") else 2)
+        for role in ("ffn_out", "output"):
+            (name,) = block.linears[role]
+            assert model.get_submodule(name).out_features == width
+        assert ("cross_key" in block.linears) == (block.stack == 1)
+        assert set(block.linears) <= set(anatomy.ROLES)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5", "gpt2", "qwen3"])
+def test_the_output_layer_reads_values(family: str) -> None:
+    """Without values there is nothing to attend to; queries and keys only say where."""
+    model = _model(family)
+    found = anatomy.find(model)
+    value, output = found.blocks[0].linears["value"][0], found.blocks[0].linears["output"][0]
+    layer = model.get_submodule(value)
+    with torch.no_grad():
+        rows = slice(-layer.out_features // 3, None) if family == "gpt2" else slice(None)
+        layer.weight[rows] = 0
+        if layer.bias is not None:
+            layer.bias[rows] = 0
+    read: list[torch.Tensor] = []
+    model.get_submodule(output).register_forward_hook(lambda module, inputs, out: read.append(inputs[0]))
+    batch = tiny.batch(family)
+    names = ("input_ids", "attention_mask", "decoder_input_ids")
+    model(**{name: batch[name] for name in names if name in batch})
+    assert not read[0].any()
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_norms_are_all_found(family: str) -> None:
+    """A norm is a module that holds one vector of the hidden size, or of a head, and perhaps a shift, and nothing else."""
+    model = _model(family)
+    found = anatomy.find(model)
+    embeddings_and_linears = (nn.Embedding, nn.Linear)
+    vectors = {
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, embeddings_and_linears)
+        and list(module.parameters(recurse=False))
+        and all(parameter.dim() == 1 for parameter in module.parameters(recurse=False))
+    }
+    assert set(found.norms) == vectors and vectors
+    inside = {name for block in found.blocks for name in block.norms}
+    assert inside == {name for name in vectors if any(name.startswith(f"{block.path}.") for block in found.blocks)}
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_head_or_unembedding(family: str) -> None:
+    model = _model(family)
+    found = anatomy.find(model)
+    if family in ("bert", "distilbert", "roberta"):
+        assert found.unembedding == ""
+        outside = {name.split(".")[0] for name, _ in model.named_parameters()} - {model.base_model_prefix}
+        assert outside <= set(found.head) and "classifier" in outside
+    else:
+        assert found.head == () and found.unembedding == "lm_head"
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_stacks_hold_the_blocks(family: str) -> None:
+    model = _model(family)
+    found = anatomy.find(model)
+    assert len(found.stacks) == (2 if family.startswith("t5") else 1)
+    for number, stack in enumerate(found.stacks):
+        layers = model.get_submodule(stack.layers)
+        assert isinstance(layers, nn.ModuleList)
+        paths = [block.path for block in found.blocks if block.stack == number]
+        assert [model.get_submodule(path) for path in paths] == list(layers)
+        assert stack.layers.startswith(stack.owner)
+
+
+def test_linears_are_listed_once_and_in_the_order_of_the_model() -> None:
+    found = anatomy.find(_model("gpt2"))
+    assert found.linears(("query", "key", "value", "query")) == ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
+    assert found.linears(("cross_query",)) == []
+
+
+def test_unknown_architecture() -> None:
+    sizes = {"vocab_size": 16, "hidden_size": 8, "n_layer": 1, "n_head": 2}
+    with pytest.raises(UsageError) as caught:
+        anatomy.find(transformers.BloomForCausalLM(transformers.BloomConfig(**sizes)))
+    assert "BloomForCausalLM is not one edgepeft knows" in caught.value.fact
+    assert "Llama" in caught.value.remedy

@@ -1,0 +1,261 @@
+"""Models are found by name, loaded for a task, refused with reasons, and saved as folders that load again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_tokenizers
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from edgepeft import backbone, step
+from edgepeft.errors import EdgePeftError, UsageError
+
+MODELS = Path(__file__).resolve().parent.parent / "models"
+
+
+def test_a_folder_a_gguf_file_a_catalogue_name_and_a_hub_id(tmp_path: Path) -> None:
+    folder = tiny.folder("llama")
+    assert backbone.resolve(str(folder)) == backbone.Source(str(folder), str(folder))
+    file = tmp_path / "model.gguf"
+    file.touch()
+    assert backbone.resolve(str(file)) == backbone.Source(str(file), str(tmp_path), gguf="model.gguf")
+    known = backbone.resolve("t5-11b")
+    assert known.location == "google-t5/t5-11b" and known.known is not None and known.known["d_ff"] == 65536
+    assert backbone.resolve("owner/name") == backbone.Source("owner/name", "owner/name")
+
+
+@pytest.mark.parametrize(
+    ("name", "fact", "remedy"),
+    [
+        ("t5-smal", "There is no model 't5-smal'", "t5-small"),
+        ("./nowhere", "There is no model './nowhere'", ""),
+        ("a/b/c", "There is no model 'a/b/c'", ""),
+        ("nowhere.gguf", "There is no file nowhere.gguf", "GGUF"),
+    ],
+)
+def test_unknown_names(name: str, fact: str, remedy: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        backbone.resolve(name)
+    assert fact in caught.value.fact and remedy in caught.value.remedy
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no model") as caught:
+        backbone.resolve(str(tmp_path))
+    assert "no config.json" in caught.value.cause
+
+
+def test_the_catalogue_gives_configurations_without_a_network() -> None:
+    config = backbone.config(backbone.resolve("t5-11b"))
+    assert (config.model_type, config.d_model, config.num_layers) == ("t5", 1024, 24)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_default_task(family: str) -> None:
+    assert backbone.default_task(tiny.configuration(family)) == tiny.task(family)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_positions_are_as_many_as_the_model_can_read(family: str) -> None:
+    assert backbone.positions(tiny.configuration(family)) == (None if tiny.task(family) == "seq2seq" else 64)
+
+
+def test_roberta_starts_counting_positions_after_its_padding() -> None:
+    """The longest input that does not fail in the model itself."""
+    config = transformers.RobertaConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=12
+    )
+    longest = backbone.positions(config)
+    assert longest is not None
+    model = transformers.RobertaModel(config).eval()
+    model(torch.full((1, longest), 5))
+    with pytest.raises(IndexError):
+        model(torch.full((1, longest + 1), 5))
+
+
+@pytest.mark.parametrize("at", ["fp32", "bf16", "nf4"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_loaded_model_is_frozen_and_computes_what_transformers_computes(family: str, at: str) -> None:
+    made = tiny.load(family, at)
+    assert not made.model.training and not [p for p in made.model.parameters() if p.requires_grad]
+    assert all(p.dtype == (torch.float32 if at == "fp32" else torch.bfloat16) for p in made.model.parameters())
+    if at == "fp32":
+        reference = tiny.model(family)
+        batch = step.inputs(tiny.batch(family))
+        assert torch.equal(made.model(**batch).logits, reference(**batch).logits)
+
+
+@pytest.mark.parametrize("at", ["fp32", "bf16", "nf4", "int8"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_skeleton_has_the_shapes_of_the_loaded_model(family: str, at: str) -> None:
+    real = tiny.load(family, at)
+    with torch.device("meta"):
+        planned = backbone.skeleton(tiny.configuration(family), task=tiny.task(family), at=at, labels=tiny.LABELS)
+
+    def shapes(model: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors}
+
+    assert shapes(planned.model) == shapes(real.model)
+    assert planned.fresh == real.fresh
+    assert planned.anatomy == real.anatomy
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_saved_models_load_again(family: str, tmp_path: Path) -> None:
+    made = tiny.load(family)
+    backbone.save(made.model, tmp_path / "saved", tiny_tokenizers.byte_level())
+    loader = {"classification": "SequenceClassification", "causal-lm": "CausalLM", "seq2seq": "Seq2SeqLM"}[made.task]
+    again = getattr(transformers, f"AutoModelFor{loader}").from_pretrained(tmp_path / "saved").eval()
+    batch = step.inputs(tiny.batch(family))
+    assert torch.equal(again(**batch).logits, made.model(**batch).logits)
+    original = tiny.model(family)
+    assert type(again) is type(original)
+    tied = again.get_output_embeddings() and again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert bool(tied) == bool(family in ("qwen2", "qwen3", "gemma2", "gpt2", "t5") and family != "qwen2") or family == "qwen2"
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token == "<|im_end|>"
+
+
+def test_gpt2_is_stored_transposed_as_transformers_does(tmp_path: Path) -> None:
+    backbone.save(tiny.load("gpt2").model, tmp_path, tiny_tokenizers.byte_level())
+    ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(tiny.folder("gpt2") / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert ours["transformer.h.0.attn.c_attn.weight"].shape == (32, 96)
+
+
+def test_labels_and_their_head() -> None:
+    """A head of another size starts anew, the same on the same seed; one of the right size is kept. Both are trained."""
+    source = backbone.resolve(str(tiny.folder("bert")))
+
+    def load(labels: list[str], seed: int = 0) -> backbone.Backbone:
+        return backbone.load(source, task="classification", at="fp32", labels=labels, seed=seed)
+
+    kept, anew = load(["a", "b", "c"]), load(["a", "b"])
+    stored = load_file(tiny.folder("bert") / "model.safetensors")
+    assert torch.equal(kept.model.get_parameter("classifier.weight"), stored["classifier.weight"])
+    weight = anew.model.get_parameter("classifier.weight")
+    assert weight.shape == (2, 32)
+    assert torch.equal(weight, load(["a", "b"]).model.get_parameter("classifier.weight"))
+    assert not torch.equal(weight, load(["a", "b"], seed=1).model.get_parameter("classifier.weight"))
+    assert kept.fresh == anew.fresh == {"classifier.weight", "classifier.bias"}
+    assert anew.model.config.id2label == {0: "a", 1: "b"} and anew.model.config.label2id == {"a": 0, "b": 1}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_decoders_classify_at_the_last_token_before_padding(family: str) -> None:
+    made = backbone.load(backbone.resolve(str(tiny.folder(family))), task="classification", at="fp32", labels=["a", "b"])
+    assert made.fresh == {"score.weight"}
+    padding = made.model.config.pad_token_id
+    ids = torch.tensor([[5, 6, 7, padding, padding]])
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    alone = made.model(input_ids=ids[:, :3]).logits
+    torch.testing.assert_close(made.model(input_ids=ids.repeat(2, 1), attention_mask=mask.repeat(2, 1)).logits[0], alone[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "part"),
+    [("llama", "seq2seq", "Unrecognized configuration"), ("t5", "causal-lm", "Unrecognized configuration")],
+)
+def test_a_task_the_model_does_not_have(family: str, task: str, part: str) -> None:
+    with pytest.raises(UsageError, match="could not be loaded") as caught:
+        backbone.load(backbone.resolve(str(tiny.folder(family))), task=task, at="fp32")
+    assert part in caught.value.cause
+    with pytest.raises(UsageError, match="cannot be built") as caught, torch.device("meta"):
+        backbone.skeleton(tiny.configuration(family), task=task, at="fp32")
+    assert tiny.task(family) in caught.value.remedy
+
+
+def test_an_encoder_is_not_taken_for_a_language_model() -> None:
+    """transformers would load BERT as one, and every position would see the answer it predicts."""
+    with pytest.raises(UsageError, match="bert model cannot be used for causal-lm"):
+        backbone.load(backbone.resolve(str(tiny.folder("bert"))), task="causal-lm", at="fp32")
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny.folder("llama"), tmp_path / "damaged"))
+
+
+def test_truncated_weights(damaged: Path) -> None:
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(EdgePeftError, match="are damaged"):
+        backbone.load(backbone.resolve(str(damaged)), task="causal-lm", at="fp32")
+
+
+def test_no_weights(damaged: Path) -> None:
+    (damaged / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="could not be loaded") as caught:
+        backbone.load(backbone.resolve(str(damaged)), task="causal-lm", at="fp32")
+    assert "model.safetensors" in caught.value.cause
+
+
+def test_weights_of_a_layer_are_missing(damaged: Path) -> None:
+    """transformers would fill them at random."""
+    weights = load_file(damaged / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EdgePeftError, match="are not whole") as caught:
+        backbone.load(backbone.resolve(str(damaged)), task="causal-lm", at="fp32")
+    assert "model.layers.1.mlp.up_proj.weight" in caught.value.cause
+
+
+def test_weights_of_another_width(damaged: Path) -> None:
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(EdgePeftError) as caught:
+        backbone.load(backbone.resolve(str(damaged)), task="causal-lm", at="fp32")
+    assert caught.value.remedy
+
+
+def test_a_model_type_that_transformers_does_not_know(damaged: Path) -> None:
+    (damaged / "config.json").write_text(json.dumps({"model_type": "llamma"}))
+    with pytest.raises(UsageError, match="could not be loaded") as caught:
+        backbone.config(backbone.resolve(str(damaged)))
+    assert "llamma" in caught.value.cause
+
+
+def test_a_config_that_is_not_json(damaged: Path) -> None:
+    (damaged / "config.json").write_text("{")
+    with pytest.raises(UsageError, match="could not be loaded"):
+        backbone.config(backbone.resolve(str(damaged)))
+
+
+def test_a_folder_without_a_tokenizer() -> None:
+    with pytest.raises(UsageError, match="could not be loaded"):
+        backbone.tokenizer(backbone.resolve(str(tiny.folder("llama"))))
+
+
+def test_a_tokenizer_comes_with_its_folder(damaged: Path) -> None:
+    tiny_tokenizers.byte_level().save_pretrained(damaged)
+    assert backbone.tokenizer(backbone.resolve(str(damaged))).is_fast
+
+
+def test_gguf_loads_the_weights_of_the_converted_folder() -> None:
+    """Two different readers: transformers' for GGUF here, and the conversion that tools/models.py checked."""
+    file, folder = MODELS / "smollm2-135m-instruct.gguf", MODELS / "smollm2-135m-instruct"
+    ours = backbone.load(backbone.resolve(str(file)), task="causal-lm", at="bf16")
+    stored = load_file(folder / "model.safetensors")
+    state = ours.model.state_dict()
+    assert stored.keys() <= state.keys() and len(stored) == 272
+    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+    assert ours.model.get_output_embeddings().weight is ours.model.get_input_embeddings().weight
+    assert not hasattr(ours.model.config, "quantization_config")
+    config = backbone.config(backbone.resolve(str(file)))
+    assert (config.num_hidden_layers, config.hidden_size) == (30, 576)
+
+
+def test_a_gguf_model_can_be_saved(tmp_path: Path) -> None:
+    source = backbone.resolve(str(MODELS / "smollm2-135m-instruct.gguf"))
+    made = backbone.load(source, task="causal-lm", at="bf16")
+    backbone.save(made.model, tmp_path, backbone.tokenizer(source))
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved["model.layers.29.mlp.down_proj.weight"].dtype is torch.bfloat16
