@@ -22,7 +22,7 @@ from edgepeft.files import write_text
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results" / "run.md"
-ROUNDS, TIMED = 2, 3  # a machine's noise comes and goes in minutes: both sides must meet all of it
+ROUNDS, TIMED = 2, 2  # a machine's noise comes and goes in minutes: both sides must meet all of it
 SAME_LOSS = 0.02  # nats; bf16 rounding moves this loss by about 0.002, NF4 instead of bf16 by about 0.3
 
 # In the order they run: those that are compared are near each other.

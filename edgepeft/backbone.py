@@ -168,22 +168,24 @@ def load(
     dtype = precision.compute_dtype(at)
     torch.manual_seed(seed)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **_gguf(source)}
+    options["ignore_mismatched_sizes"] = True  # a head for another number of labels starts anew; all else is refused
     if labels is not None:
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: number for number, label in enumerate(labels)}
-        options["ignore_mismatched_sizes"] = True  # a head for another number of labels starts anew
     loader = getattr(transformers, _LOADERS[task])
     with _refusing_unloadable(source), _quietly():
         model, info = loader.from_pretrained(source.location, output_loading_info=True, **options)
     if source.gguf:
         model = _without_gguf_traces(model, dtype)
-    lacking = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    made = _prepare(model, task, at, device, lacking | _head_parameters(model, task))
-    lost = sorted(name for name in lacking if any(name.startswith(f"{b.path}.") for b in made.anatomy.blocks))
-    if lost:
+    missing, misshapen = set(info["missing_keys"]), {name for name, *_ in info["mismatched_keys"]}
+    made = _prepare(model, task, at, device, missing | misshapen | _head_parameters(model, task))
+    if task == "classification":  # the checkpoint of a language model has no head, and may have no pooler
+        misshapen -= _head_parameters(model, task)
+        missing = {name for name in missing if any(name.startswith(f"{b.path}.") for b in made.anatomy.blocks)}
+    if lost := sorted(missing | misshapen):
         raise EdgePeftError(
             f"The weights of {source.name} are not whole.",
-            f"{len(lost)} tensors of its layers are missing or of another shape, such as {lost[0]}.",
+            f"{len(lost)} tensors are missing or of another shape, such as {lost[0]}.",
             "Fetch the model again; its config.json and its weights must belong together.",
         )
     return made

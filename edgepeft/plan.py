@@ -142,6 +142,10 @@ def plan(
         for again in ([checkpointing] if checkpointing is not None else [False, True])
         if not again or base.find(method).backpropagates
     ]
+    if not wanted:  # the precision that was asked for is one the method refuses
+        for method in methods or ():
+            for at in precisions or ():
+                base.create(method, options).check(at)
     layers = probe.depth(model)
     surfaces = _trace_all(wanted, progress)
     candidates = [

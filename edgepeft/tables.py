@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from edgepeft.hardware import Hardware
-from edgepeft.ledger import Row
-from edgepeft.plan import Plan
+if TYPE_CHECKING:  # each command loads what it shows; help and profiles must not wait for torch
+    from edgepeft.hardware import Hardware
+    from edgepeft.ledger import Row
+    from edgepeft.plan import Plan
 
 GiB = 2**30
 _screen = Console()
@@ -97,7 +98,7 @@ def plan(found: Plan) -> None:
         table.add_column(column, justify="right")
     for number, each in enumerate(found.candidates):
         mark = "→" if number == found.choice else "fits" if each.fits else "no"
-        sizes = [each.peak_bytes, *(each.bytes.get(kind, 0) for kind in table_kinds)]
+        sizes = [each.peak_bytes, *(each.bytes.get(kind, 0) for kind in _KINDS)]
         table.add_row(
             mark,
             each.method,
@@ -113,7 +114,7 @@ def plan(found: Plan) -> None:
         _screen.print(f"Choice: {found.why}", highlight=False)
 
 
-table_kinds = ("weights", "adapter", "gradients", "optimizer", "activations", "temporaries")
+_KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "temporaries")
 
 
 def ledger(rows: Sequence[Row]) -> None:

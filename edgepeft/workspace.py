@@ -17,6 +17,8 @@ from edgepeft.recipe import Recipe
 # What may differ from one call to the next without making it another training run.
 _FREE = ("variants", "hardware", "trust_remote_code")
 
+_BEFORE_THE_PLAN = ("data", "plan.json", "ledger.json", "report.html")  # what a run may leave that stopped before it began
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -71,7 +73,7 @@ class Workspace:
             UsageError: the folder holds another run, or something that is no run.
         """
         if not self.recipe.exists():
-            if self.root.exists() and any(self.root.iterdir()) and not self.plan.exists():
+            if self.root.exists() and any(entry.name not in _BEFORE_THE_PLAN for entry in self.root.iterdir()):
                 raise UsageError(
                     f"The folder {self.root} is not empty and holds no run of edgepeft.",
                     "Nothing in it was touched.",

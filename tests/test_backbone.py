@@ -76,7 +76,7 @@ def test_roberta_starts_counting_positions_after_its_padding() -> None:
     assert longest is not None
     model = transformers.RobertaModel(config).eval()
     model(torch.full((1, longest), 5))
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
         model(torch.full((1, longest + 1), 5))
 
 
@@ -89,7 +89,7 @@ def test_a_loaded_model_is_frozen_and_computes_what_transformers_computes(family
     if at == "fp32":
         reference = tiny.model(family)
         batch = step.inputs(tiny.batch(family))
-        assert torch.equal(made.model(**batch).logits, reference(**batch).logits)
+        torch.testing.assert_close(made.model(**batch).logits, reference(**batch).logits)
 
 
 @pytest.mark.parametrize("at", ["fp32", "bf16", "nf4", "int8"])
@@ -115,11 +115,11 @@ def test_saved_models_load_again(family: str, tmp_path: Path) -> None:
     loader = {"classification": "SequenceClassification", "causal-lm": "CausalLM", "seq2seq": "Seq2SeqLM"}[made.task]
     again = getattr(transformers, f"AutoModelFor{loader}").from_pretrained(tmp_path / "saved").eval()
     batch = step.inputs(tiny.batch(family))
-    assert torch.equal(again(**batch).logits, made.model(**batch).logits)
-    original = tiny.model(family)
-    assert type(again) is type(original)
-    tied = again.get_output_embeddings() and again.get_output_embeddings().weight is again.get_input_embeddings().weight
-    assert bool(tied) == bool(family in ("qwen2", "qwen3", "gemma2", "gpt2", "t5") and family != "qwen2") or family == "qwen2"
+    torch.testing.assert_close(again(**batch).logits, made.model(**batch).logits)
+    assert type(again) is type(tiny.model(family))
+    if made.task != "classification":
+        tied = again.get_output_embeddings().weight is again.get_input_embeddings().weight
+        assert tied == (family in ("qwen3", "gemma2", "gpt2", "t5"))
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token == "<|im_end|>"
 
 
@@ -211,9 +211,9 @@ def test_weights_of_a_layer_are_missing(damaged: Path) -> None:
 def test_weights_of_another_width(damaged: Path) -> None:
     config = json.loads((damaged / "config.json").read_text())
     (damaged / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
-    with pytest.raises(EdgePeftError) as caught:
+    with pytest.raises(EdgePeftError, match="are not whole") as caught:
         backbone.load(backbone.resolve(str(damaged)), task="causal-lm", at="fp32")
-    assert caught.value.remedy
+    assert "6 tensors" in caught.value.cause
 
 
 def test_a_model_type_that_transformers_does_not_know(damaged: Path) -> None:
@@ -239,23 +239,12 @@ def test_a_tokenizer_comes_with_its_folder(damaged: Path) -> None:
     assert backbone.tokenizer(backbone.resolve(str(damaged))).is_fast
 
 
-def test_gguf_loads_the_weights_of_the_converted_folder() -> None:
-    """Two different readers: transformers' for GGUF here, and the conversion that tools/models.py checked."""
-    file, folder = MODELS / "smollm2-135m-instruct.gguf", MODELS / "smollm2-135m-instruct"
-    ours = backbone.load(backbone.resolve(str(file)), task="causal-lm", at="bf16")
-    stored = load_file(folder / "model.safetensors")
-    state = ours.model.state_dict()
-    assert stored.keys() <= state.keys() and len(stored) == 272
-    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
-    assert ours.model.get_output_embeddings().weight is ours.model.get_input_embeddings().weight
-    assert not hasattr(ours.model.config, "quantization_config")
-    config = backbone.config(backbone.resolve(str(file)))
-    assert (config.num_hidden_layers, config.hidden_size) == (30, 576)
-
-
-def test_a_gguf_model_can_be_saved(tmp_path: Path) -> None:
-    source = backbone.resolve(str(MODELS / "smollm2-135m-instruct.gguf"))
-    made = backbone.load(source, task="causal-lm", at="bf16")
-    backbone.save(made.model, tmp_path, backbone.tokenizer(source))
-    saved = load_file(tmp_path / "model.safetensors")
-    assert saved["model.layers.29.mlp.down_proj.weight"].dtype is torch.bfloat16
+def test_gguf_loads_the_weights_of_the_converted_folder_and_saves_them(tmp_path: Path) -> None:
+    made = backbone.load(backbone.resolve(str(MODELS / "smollm2-135m-instruct.gguf")), task="causal-lm", at="bf16")
+    assert (made.model.config.num_hidden_layers, made.model.config.hidden_size) == (30, 576)
+    assert made.model.get_output_embeddings().weight is made.model.get_input_embeddings().weight
+    backbone.save(made.model, tmp_path, tiny_tokenizers.byte_level())
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, MODELS / "smollm2-135m-instruct"))
+    assert ours.keys() == theirs.keys() and len(ours) == 272
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())

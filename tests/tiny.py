@@ -131,6 +131,8 @@ def model(family: str, **changes: Any) -> PreTrainedModel:
     for name, value in changes.items():
         setattr(config, name, value)
     made: PreTrainedModel = getattr(transformers, _FAMILIES[family][1])(config)
+    if family == "t5-gated":  # FLAN-T5's head is its own, which configurations can no longer say
+        made.lm_head.weight = nn.Parameter(torch.empty_like(made.lm_head.weight))
     randomise(made)
     return made.eval()
 

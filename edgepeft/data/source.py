@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import datasets
 
 from edgepeft.data.read import SUFFIXES, Row, rows
-from edgepeft.errors import UsageError, nearest
+from edgepeft.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ def _splits(source: str) -> dict[str, Source]:
             )
         return {"train": _files(str(path), [path])}
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", source) or path.suffix.lower() in SUFFIXES:
-        siblings = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
-        remedy = nearest(path.name, siblings) if 0 < len(siblings) < 100 else "Check the path."
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, siblings, n=3)
+        remedy = f"Did you mean {', '.join(close)}?" if close else "Check the path."
         raise UsageError(f"There is no file or folder {source}.", "", remedy)
     return _hub(source)
 
