@@ -121,12 +121,13 @@ def ledger(rows: Sequence[Row]) -> None:
     """Every artefact of a run."""
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
     table = Table(box=None, header_style="bold")
-    table.add_column("artefact")
+    table.add_column("")
+    table.add_column("artefact", no_wrap=True)
     for column in (*names, "MiB", "ms", "tokens/s", "deviation", "same tokens"):
         table.add_column(column.replace("_", " "), justify="right")
-    table.add_column("")
     for row in rows:
         table.add_row(
+            "→" if row.kept else "",
             row.artefact,
             *(_number(row.metrics.get(name), ".4f") for name in names),
             _number(None if row.bytes is None else row.bytes / 2**20, ".1f"),
@@ -134,9 +135,11 @@ def ledger(rows: Sequence[Row]) -> None:
             _number(row.tokens_per_second, ".1f"),
             _number(row.deviation, ".1e"),
             _number(row.same_tokens, ".0%"),
-            row.note,
         )
     _screen.print(table)
+    for row in rows:
+        if row.note:
+            _screen.print(f"{row.artefact}: {row.note}", style="dim", highlight=False)
 
 
 def _number(value: float | None, form: str) -> str:

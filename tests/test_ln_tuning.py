@@ -62,7 +62,6 @@ def test_masters_leave_with_their_values() -> None:
     ("stored", "plain"),
     [
         ("model.norm.parametrizations.weight.original", "model.norm.weight"),
-        ("parametrizations.bias.original", "parametrizations.bias.original"),
         ("model.norm.weight", "model.norm.weight"),
     ],
 )

@@ -18,12 +18,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {"errors", "files", "hardware", "machine", "precision", "catalog", "chat"},
-    {"backbone", "anatomy", "data", "runtime", "metrics", "cross_entropy"},
+    {"backbone", "anatomy", "data", "runtime", "cross_entropy"},
     {"methods", "placements"},
-    {"step", "recipe", "adapter", "evaluate", "checkpoint", "cuda_semantics", "events", "ledger"},
-    {"trace", "train", "merge", "export"},
-    {"plan", "compare", "report"},
-    {"pipeline"},
+    {"step", "recipe", "adapter", "evaluate", "checkpoint", "cuda_semantics", "trace", "events", "ledger"},
+    {"probe", "workspace", "train", "merge", "export"},
+    {"plan", "deploy", "report"},
+    {"planning", "pipeline", "tables"},
     {"cli", "__main__"},
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

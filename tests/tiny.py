@@ -154,9 +154,14 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
 def folder(family: str) -> Path:
     """The family's tiny model as ``save_pretrained`` writes it. Read only: tests share it."""
     made = Path(tempfile.mkdtemp(prefix=f"edgepeft-{family}-"))
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    remove_at_exit(made)
     model(family).save_pretrained(made)
     return made
+
+
+def remove_at_exit(path: Path) -> None:
+    """Delete a folder when the tests end."""
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
 
 
 def load(family: str, at: str = "fp32", *, seed: int = 0) -> Backbone:

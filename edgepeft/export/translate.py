@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import onnxscript.optimizer
 import torch
@@ -23,6 +25,9 @@ from edgepeft.errors import EdgePeftError
 
 Axes = dict[int, str]
 """Names of the axes whose size is free, by their number."""
+
+FOLDED_ELEMENTS = 1024
+"""Larger constants that several nodes read are not folded: a head tied to the embedding must not be stored again, transposed."""
 
 aten = torch.ops.aten
 _ASSERTIONS = {aten._assert_scalar.default, aten._assert_tensor_metadata.default, aten._assert_async.msg}
@@ -74,15 +79,20 @@ def write(graph: Graph, path: Path) -> None:
     with _quiet(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused CPU attention returns strides ONNX cannot view
         try:
             program = _trace(graph.module, examples, axes)
-            program_onnx = _translate(program, examples, axes, graph)
-            _simplify(program_onnx)
+            translated = _translate(program, examples, axes, graph)
+            _simplify(translated.model)
         except Exception as error:  # torch.export raises whatever the model's own code raises under tracing
             raise EdgePeftError(
                 f"The {graph.name} graph could not be exported to ONNX.",
                 next(iter(str(error).splitlines()), type(error).__name__),
                 "The merged model is intact. Please report this, with the model's name and method.",
             ) from error
-        program_onnx.save(path, external_data=True)
+        save(translated.model, path)
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write a graph to ``path`` and its weights to ``<path>.data``, each at an address that vector loads like."""
+    ir.save(model, path, external_data=f"{path.name}.data", alignment=64, align_threshold=0)
 
 
 def _trace(module: nn.Module, examples: tuple[Tensor, ...], axes: list[Axes]) -> ExportedProgram:
@@ -155,10 +165,10 @@ def _schema(node: Node) -> Any:
     return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
 
 
-def _simplify(program: ONNXProgram) -> None:
-    model = program.model
+def _simplify(model: ir.Model) -> None:
+    """Fold constants, drop duplicates and dead ends, and name what is left after the modules it came from."""
     passes.InlinePass()(model)
-    onnxscript.optimizer.fold_constants(model)
+    onnxscript.optimizer.fold_constants(model, input_size_limit=FOLDED_ELEMENTS)
     passes.RemoveUnusedNodesPass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateInitializersPass()(model)
@@ -167,7 +177,25 @@ def _simplify(program: ONNXProgram) -> None:
     passes.RemoveUnusedFunctionsPass()(model)
     passes.RemoveUnusedOpsetsPass()(model)
     passes.OutputFixPass()(model)
+    _name(model)
     passes.NameFixPass()(model)
+
+
+def _name(model: ir.Model) -> None:
+    """Call each node ``<module>/<operator>``, and drop the exporter's notes: source lines, with paths of this machine."""
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        module = scopes[-2].removeprefix("model").removeprefix(".") if len(scopes) > 1 else ""
+        node.name = f"{module}/{node.op_type}"
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 @contextmanager

@@ -58,9 +58,10 @@ class Rung(nn.Module):
         self.ladder, self.layer, self.down = ladder, layer, down
         self.stride, self.cache_index = stride, cache_index
         self.gate = nn.Parameter(torch.zeros((), device=down.weight.device, dtype=down.weight.dtype))
+        self.beside = 0  # the backbone layer's own place in that cache
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = cache_index  # type: ignore[assignment]
+                self.beside, module.layer_idx = module.layer_idx, cache_index  # type: ignore[assignment]
 
     def forward(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The next side state, from the backbone layer's output (batch, tokens, hidden) and its own arguments."""
@@ -72,7 +73,7 @@ class Rung(nn.Module):
         if arguments.get("encoder_hidden_states") is not None:
             arguments["encoder_hidden_states"] = self.ladder.encoder
         if arguments.get("past_key_values") is not None:
-            _make_room(arguments["past_key_values"], self.cache_index)
+            _make_room(arguments["past_key_values"], self.beside, self.cache_index)
         output = self.layer(mixed, **arguments)
         self.ladder.state = output if isinstance(output, Tensor) else output[0]
         return self.ladder.state
@@ -189,12 +190,14 @@ def _narrow_encoder_states(layer: nn.Module, args: tuple[Any, ...], kwargs: dict
     return (), named
 
 
-def _make_room(cache: Any, index: int) -> None:
-    """A cache made for the backbone's layers has none for the side layers behind them."""
+def _make_room(cache: Any, beside: int, index: int) -> None:
+    """A cache made for the backbone's layers has none for the side layers behind them; each needs one of its wide layer's
+    kind, as they share a mask."""
     from transformers import DynamicCache, EncoderDecoderCache
 
     parts = (cache.self_attention_cache, cache.cross_attention_cache) if isinstance(cache, EncoderDecoderCache) else (cache,)
     for part in parts:
         while len(part.layers) <= index:
-            spare = DynamicCache()
-            part.layers.append(spare.layer_class_to_replicate())
+            window = getattr(part.layers[beside], "sliding_window", None) if len(part.layers) == index else None
+            kind = type(part.layers[beside]) if window else DynamicCache().layer_class_to_replicate
+            part.layers.append(kind(sliding_window=window) if window else kind())

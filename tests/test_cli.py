@@ -1,0 +1,98 @@
+"""The command line as a user types it: exit codes, messages without tracebacks, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MINILM, DATA = ROOT / "models" / "minilm-l6", ROOT / "data" / "sentiment"
+
+
+def edgepeft(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "edgepeft.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment},
+    )
+
+
+def refused(result: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    for part in parts:
+        assert part in result.stderr
+
+
+def test_profiles_answers_without_torch() -> None:
+    result = edgepeft("profiles", "--json")
+    assert {profile["name"] for profile in json.loads(result.stdout)} >= {"a100-40gb", "raspberry-pi-5-8gb", "t4-16gb"}
+    code = "import sys, edgepeft.cli, edgepeft.tables, edgepeft.hardware; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_methods_as_json() -> None:
+    found = {method["name"]: method for method in json.loads(edgepeft("methods", "--json").stdout)}
+    assert found["lst"]["merges"] is False and found["lora"]["kind"] == "reparametrised"
+    assert all({"name", "kind", "merges", "paper"} <= method.keys() for method in found.values())
+    options = json.loads(edgepeft("methods", "lora", "--json").stdout)["options"]
+    assert all(option["meaning"] for option in options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["plan", "--model", "t5-12b", "--gpu", "t4-16gb"], ["no model 't5-12b'", "t5-11b"]),
+        (["plan", "--model", "t5-11b", "--gpu", "t4"], ["no hardware profile", "t4-16gb"]),
+        (["plan", "--model", "t5-11b", "--gpu", "t4-16gb", "--method", "lorra"], ["no method 'lorra'", "lora"]),
+        (["plan", "--model", "gpt2", "--gpu", "t4-16gb", "--seq-len", "5000"], ["cannot read 5000", "1024"]),
+        (["run", "--model", "minilm-l6", "--out", "out"], ["data is missing"]),
+        (["run", "--model", MINILM, "--data", "none.jsonl", "--out", "out"], ["no file or folder none.jsonl"]),
+        (["run", "--model", MINILM, "--data", DATA, "--out", "out", "--set", "lrr=1"], ["no 'lrr'", "lr"]),
+        (["run", "--model", MINILM, "--data", DATA, "--out", "out", "--seq-len", "600"], ["cannot read 600", "512"]),
+        (["run", "--model", MINILM, "--data", DATA, "--out", "out", "--gpu", "a100-40gb"], ["no CUDA device"]),
+        (["run", "--model", MINILM, "--data", DATA, "--out", "out", "--method", "qlora", "--precision", "bf16"], ["means nf4"]),
+        (["merge", "nowhere"], ["no run in nowhere"]),
+        (["infer", "nowhere", "text"], ["nowhere"]),
+    ],
+)
+def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], parts: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(edgepeft(*arguments), 2, *parts)
+
+
+def test_a_malformed_row_is_named(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "good", "label": "x"}\n{"text": "bad" "label": "y"}\n')
+    refused(edgepeft("run", "--model", MINILM, "--data", rows, "--out", tmp_path / "out"), 2, "rows.jsonl, line 2")
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    refused(edgepeft("run", "--model", MINILM, "--data", DATA, "--out", tmp_path), 2, "holds no run")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_galore_refuses_accumulation(tmp_path: Path) -> None:
+    arguments = ["--method", "galore", "--precision", "fp32", "--seq-len", "32", "--set", "microbatch=4"]
+    result = edgepeft("run", "--model", MINILM, "--data", DATA, "--out", tmp_path / "out", *arguments)
+    refused(result, 2, "galore cannot accumulate gradients", "Set global_batch")
+
+
+def test_plan_exits_with_1_when_nothing_fits(tmp_path: Path) -> None:
+    profile = tmp_path / "toy.toml"
+    profile.write_text(
+        'kind = "cuda"\ntitle = "Toy"\nmemory_bytes = 1_000_000_000\nreserved_bytes = 500_000_000\n'
+        'bandwidth = 1e11\nproviders = ["CPUExecutionProvider"]\n[flops]\nfp32 = 1e12\nbf16 = 2e12\n'
+    )
+    arguments = ["--model", "gpt2-xl", "--gpu", profile, "--method", "lora", "--precision", "bf16"]
+    refused(edgepeft("plan", *arguments, EDGEPEFT_CACHE=str(tmp_path)), 1, "does not fit", "would fit")
+    found = edgepeft("plan", *arguments, "--json", EDGEPEFT_CACHE=str(tmp_path))
+    assert found.returncode == 1 and json.loads(found.stdout)["choice"] is None

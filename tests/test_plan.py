@@ -1,0 +1,169 @@
+"""Planning: the JSON the issue fixes, bad input, and predictions against real tensors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from edgepeft import backbone, hardware, plan, probe
+from edgepeft.cross_entropy import CHUNK_BYTES
+from edgepeft.errors import EdgePeftError, UsageError
+from edgepeft.methods import base
+from edgepeft.step import TrainingStep
+from edgepeft.trace import KINDS, Tracker
+from transformers import LlamaConfig, T5Config
+
+LLAMA = probe.as_fields(
+    LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+)
+T5 = probe.as_fields(T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=128, num_layers=6, num_heads=4))
+
+
+def configuration(method: str = "lora", precision: str = "fp32", **changes: object) -> probe.Configuration:
+    values: dict[str, object] = {
+        "model": LLAMA,
+        "task": "causal-lm",
+        "method": method,
+        "options": {},
+        "precision": precision,
+        "checkpointing": False,
+        "microbatch": 2,
+        "tokens": 32,
+        "target_tokens": 16,
+        "labels": 2,
+        "accumulates": False,
+        "cuda": False,
+        "bf16": True,
+    }
+    return probe.Configuration(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPEFT_CACHE", str(tmp_path_factory.getbasetemp() / "traces"))
+
+
+@pytest.mark.parametrize(("method", "precision"), [("lora", "fp32"), ("lora", "nf4"), ("lst", "nf4"), ("full", "fp32")])
+def test_the_predicted_peak_is_what_real_tensors_take(method: str, precision: str) -> None:
+    wanted = configuration(method, precision, bf16=False)
+    predicted = max(peak.peak_bytes for peak in probe.peaks(wanted).values())
+    fields = dict(LLAMA)
+    config = LlamaConfig(**{name: value for name, value in fields.items() if name != "model_type"})
+    torch.manual_seed(0)
+    loaded = backbone.skeleton(config, task="causal-lm", at=precision)
+    kind = base.create(method)
+    base.apply(kind, loaded)
+    loaded.model.train()
+    step = TrainingStep(loaded.model, kind.optimizer(loaded.model, 1e-3, 0.0), clip_norm=1.0)
+    ids = torch.randint(0, 512, (2, 32))
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0  # a mask without padding is skipped on real tensors
+    batch = {"input_ids": ids, "attention_mask": mask, "target_positions": torch.arange(64), "target_ids": ids.flatten()}
+    tracker = Tracker(cuda=False)
+    tracker.label([*loaded.model.parameters(), *loaded.model.buffers()], "weights")
+    for _ in range(2):
+        with tracker.phase("step"):
+            step.backward([batch], 1e-3)
+            step.update()
+    measured = tracker.peaks()["step"].peak_bytes
+    assert predicted == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("model", [LLAMA, T5], ids=["llama", "t5"])
+@pytest.mark.parametrize("method", ["lora", "lst", "full"])
+def test_extrapolated_depth_and_microbatch_agree_with_a_full_trace(model: dict[str, object], method: str) -> None:
+    task = "seq2seq" if model is T5 else "causal-lm"
+    wanted = configuration(method, "fp32", model=model, task=task, cuda=True)
+    phase, extrapolated = probe.surface(wanted).at(6, 16)
+    traced = probe.peaks(configuration(method, "fp32", model=model, task=task, cuda=True, microbatch=16))
+    assert extrapolated.peak_bytes == pytest.approx(traced[phase].peak_bytes, rel=0.02)
+
+
+def test_kinds_add_up_and_mean_what_they_say() -> None:
+    peak = probe.peaks(configuration("lora", "bf16", cuda=True))["forward+backward"]
+    assert set(peak.bytes) == set(KINDS)
+    assert sum(peak.bytes.values()) == peak.peak_bytes
+    trained = 6 * 8 * 2 * (64 + 64 + 64 + 32 + 64 + 32 + 64 + 64 + 3 * (64 + 160)) // 2
+    assert peak.bytes["adapter"] == pytest.approx(4 * trained, rel=0.15)  # fp32, rounded up to 512 bytes a tensor
+    assert peak.bytes["optimizer"] == pytest.approx(2 * peak.bytes["adapter"], rel=0.15)
+    assert peak.bytes["activations"] > 0
+
+
+def test_checkpointing_and_lst_need_fewer_activations() -> None:
+    kept, again, side = (
+        probe.peaks(configuration(method, "bf16", cuda=True, checkpointing=checkpointing, tokens=128))
+        for method, checkpointing in (("lora", False), ("lora", True), ("lst", False))
+    )
+    name = "forward+backward"
+    assert again[name].bytes["activations"] < 0.4 * kept[name].bytes["activations"]
+    assert side[name].bytes["activations"] < 0.4 * kept[name].bytes["activations"]
+
+
+def test_a_large_vocabulary_never_has_all_its_logits() -> None:
+    fields = {**LLAMA, "vocab_size": 120_000, "num_hidden_layers": 2}
+    peak = probe.peaks(configuration("lora", "bf16", model=fields, tokens=512, cuda=True))["forward+backward"]
+    logits = 2 * 512 * 120_000 * 4
+    assert peak.bytes["temporaries"] < 4 * CHUNK_BYTES < logits
+
+
+def small_plan(**changes: object) -> plan.Plan:
+    values: dict[str, object] = {
+        "name": "tiny",
+        "model": LLAMA,
+        "task": "causal-lm",
+        "hardware": hardware.load("t4-16gb"),
+        "tokens": 32,
+        "methods": ["lora"],
+        "precisions": ["fp32"],
+        "checkpointing": False,
+    }
+    return plan.plan(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_json_has_the_promised_form() -> None:
+    found = json.loads(json.dumps(small_plan().as_json()))
+    assert found["hardware"] == "t4-16gb" and found["model"] == "tiny" and found["choice"] == 0
+    candidate = found["candidates"][0]
+    assert {"method", "precision", "microbatch", "checkpointing", "fits", "peak_bytes", "bytes"} <= candidate.keys()
+    assert candidate["fits"] is True and sum(candidate["bytes"].values()) == candidate["peak_bytes"]
+
+
+def test_the_microbatch_is_the_largest_that_fits() -> None:
+    small = hardware.load("t4-16gb")
+    tight = hardware.Hardware(**{**vars(small), "memory_bytes": small.reserved_bytes + (40 << 20)})
+    best = small_plan(hardware=tight).chosen()
+    more = small_plan(hardware=tight, microbatch=best.microbatch + 1)
+    assert 1 <= best.microbatch < plan.LARGEST_MICROBATCH
+    assert plan.needed_bytes(best.peak_bytes, tight) <= tight.available_bytes
+    assert not more.candidates[0].fits and more.choice is None
+
+
+def test_when_nothing_fits_the_error_says_what_would() -> None:
+    small = hardware.load("t4-16gb")
+    none = hardware.Hardware(**{**vars(small), "memory_bytes": small.reserved_bytes + 1000})
+    with pytest.raises(EdgePeftError) as caught:
+        small_plan(hardware=none).chosen()
+    assert "does not fit" in caught.value.fact and "would fit" in caught.value.remedy
+
+
+def test_a_packed_backbone_cannot_be_tuned_in_full() -> None:
+    with pytest.raises(UsageError, match="cannot train on nf4"):
+        small_plan(methods=["full"], precisions=["nf4"])
+
+
+def test_traces_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = probe.surface(configuration())
+    monkeypatch.setattr(probe, "peaks", lambda configuration: pytest.fail("traced again"))
+    assert probe.surface(configuration()).at(6, 3) == first.at(6, 3)
+
+
+def test_usable_microbatch_divides_the_global_batch() -> None:
+    assert [plan.usable_microbatch(largest, 12) for largest in (1, 5, 7, 12, 100)] == [1, 4, 6, 12, 12]
