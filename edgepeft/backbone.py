@@ -220,8 +220,9 @@ def save(model: PreTrainedModel, directory: Path, tokens: PreTrainedTokenizerFas
         name: value.t().contiguous() if name in transposed else value for name, value in model.state_dict().items()
     }
     model.config.dtype = model.dtype
-    model.save_pretrained(directory, state_dict=state)
-    tokens.save_pretrained(directory)
+    with _quietly():
+        model.save_pretrained(directory, state_dict=state)
+        tokens.save_pretrained(directory)
 
 
 def repack(model: PreTrainedModel, parts: anatomy.Anatomy, at: str) -> None:

@@ -107,7 +107,6 @@ class _Gate:
         self.prompts = [] if data.task == "classification" else [e.prompt_ids for e in data.validation.examples(range(count))]
         self.tuned = Row(artefact="tuned", metrics=evaluate(model, self.torch_batches))
         self.expected: list[list[int]] = [self._torch_tokens(prompt) for prompt in self.prompts]
-        self.fp32_tokens = self.expected
 
     def measure(self, variant: str) -> Row:
         graphs = open_graphs(self.space.onnx / variant, self.data.task)
@@ -127,9 +126,9 @@ class _Gate:
             deviation=found.deviation,
             same_tokens=parity.same_tokens(self.expected, tokens) if self.prompts else None,
         )
-        note = parity.keeps_fine_tune(self.data.task, row, self.tuned, ledger.find(self.space.ledger, "base"))
-        if variant == "fp32" and found.deviation > parity.FP32_TOLERANCE:
-            note = f"Logits differ by {found.deviation:.2g} of the largest; up to {parity.FP32_TOLERANCE:g} is rounding."
+        base = ledger.find(self.space.ledger, "base")
+        note = parity.same_function(row) if variant == "fp32" else ""
+        note = note or parity.keeps_fine_tune(self.data.task, row, self.tuned, base)
         return Row(**{**vars(row), "kept": not note, "note": note})
 
     @torch.no_grad()

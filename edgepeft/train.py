@@ -21,6 +21,7 @@ from edgepeft.backbone import Backbone
 from edgepeft.data import Data
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.evaluate import better, evaluate
+from edgepeft.files import remove_leftovers
 from edgepeft.methods.base import Method
 from edgepeft.recipe import Recipe
 from edgepeft.step import Batch, TrainingStep
@@ -98,6 +99,12 @@ def check(recipe: Recipe, method: Method) -> None:
             "It updates each layer inside backward and frees the gradient at once; that is where its saving is.",
             f"Set global_batch to the microbatch, {recipe.microbatch}.",
         )
+    if recipe.checkpointing and not method.backpropagates:
+        raise UsageError(
+            f"{method.name} gains nothing from checkpointing.",
+            "It keeps no activations of the backbone, and checkpointing would send gradients through it after all.",
+            "Try --set checkpointing=false.",
+        )
 
 
 def train(
@@ -149,6 +156,7 @@ class _Run:
         if self.recipe.checkpointing:
             self.model.activation_checkpointing_enable()
         torch.manual_seed(self.recipe.seed)
+        remove_leftovers(self.out)
         newest = checkpoint.newest(self.out / "checkpoints")
         if newest is not None:
             self.progress = _Progress(**checkpoint.restore(newest, self.model, self.step.optimizer))
@@ -179,6 +187,8 @@ class _Run:
         with Progress(*columns) as bar:
             shown = bar.add_task("train", total=self.total, completed=self.progress.step, loss=0.0, speed=0.0, memory=0.0)
             for microbatches in self._remaining():
+                if self.recipe.patience is not None and self.progress.waited >= self.recipe.patience:
+                    break
                 done = self._one(microbatches)
                 log.write("step", self.progress.step, **done)
                 self.accelerator.log({k: v for k, v in done.items() if v is not None}, step=self.progress.step)
@@ -204,8 +214,6 @@ class _Run:
                         "You pressed Ctrl-C; the work so far is saved.",
                         "Run the same command again to go on.",
                     )
-                if self.recipe.patience is not None and self.progress.waited >= self.recipe.patience:
-                    break
 
     def _remaining(self) -> Iterator[list[Batch]]:
         """The microbatches of every update still to do. Their order follows from the recipe alone, so that a resumed run
@@ -256,20 +264,25 @@ class _Run:
         }
 
     def _update(self, microbatches: list[Batch], lr: float, step: int) -> tuple[float, float | None]:
-        loss = float(self.step.backward(microbatches, lr))
-        if not math.isfinite(loss):
-            raise EdgePeftError(
-                f"The loss became {loss} at step {step}.",
-                f"The learning rate was {lr:.2g}; a rate too high for the method is the usual cause.",
-                f"Run with --set lr={self.rate / 3:.1g} into another folder. The last checkpoint is as it was.",
-            )
+        loss = self._finite(float(self.step.backward(microbatches, lr)), "loss", step)
         if step == 1 and not self.method.updates_in_backward:
             _check_gradients(self.model)
         norm = self.step.update()
-        return loss, None if norm is None else float(norm)
+        return loss, None if norm is None else self._finite(float(norm), "gradient's norm", step)
+
+    def _finite(self, value: float, what: str, step: int) -> float:
+        """``value``, before anything is written that depends on it."""
+        if not math.isfinite(value):
+            raise EdgePeftError(
+                f"The {what} became {value} at step {step}.",
+                f"The learning rate was at most {self.rate:.2g}; a rate too high for the method is the usual cause.",
+                f"Run with --set lr={self.rate / 3:.1g} into another folder. The last checkpoint is as it was.",
+            )
+        return value
 
     def _evaluate(self, log: events.EventLog) -> None:
         metrics = evaluate(self.model, validation_batches(self.data, self.recipe))
+        self._finite(metrics["loss"], "validation loss", self.progress.step)
         best = better(self.backbone.task, metrics, self.progress.best)
         if best:
             adapter.save(self.out / "checkpoints" / "best", self.model, self.card)

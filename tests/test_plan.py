@@ -84,7 +84,9 @@ def test_extrapolated_depth_and_microbatch_agree_with_a_full_trace(model: dict[s
     wanted = configuration(method, "fp32", model=model, task=task, cuda=True)
     phase, extrapolated = probe.surface(wanted).at(6, 16)
     traced = probe.peaks(configuration(method, "fp32", model=model, task=task, cuda=True, microbatch=16))
-    assert extrapolated.peak_bytes == pytest.approx(traced[phase].peak_bytes, rel=0.02)
+    # A peak is the largest of several moments, each affine in the microbatch: the line through two of its points lies above
+    # it in between and beyond, never below. The plan may be too careful by a little, not too hopeful.
+    assert -0.01 < extrapolated.peak_bytes / traced[phase].peak_bytes - 1 < 0.06
 
 
 def test_kinds_add_up_and_mean_what_they_say() -> None:

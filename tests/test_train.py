@@ -27,7 +27,7 @@ from edgepeft.recipe import Recipe
 
 # Children are forked from a server that has imported everything, not from this process with its threads.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["training"])
+_SERVER.set_forkserver_preload(["training", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama"])
 
 
 def result(out: Path) -> bytes:
@@ -97,7 +97,7 @@ def test_killed_before_the_first_checkpoint_starts_over(tmp_path: Path) -> None:
 
 def test_killed_while_writing(tmp_path: Path) -> None:
     """Just before any of the renames of a run: events, best adapter, checkpoints, and the adapter itself."""
-    chosen = training.written("causal-lm", max_steps=4, evaluations=2)
+    chosen = training.written("causal-lm", max_steps=2, evaluations=2)
     training.run(chosen, tmp_path / "whole")
     deaths = 0
     for renames in range(100):
@@ -113,7 +113,7 @@ def test_killed_while_writing(tmp_path: Path) -> None:
         assert result(out) == result(tmp_path / "whole"), f"killed before rename {renames}"
         leftovers = [path.name for path in out.rglob("*") if ".part" in path.name or ".old" in path.name]
         assert not leftovers
-    assert 5 <= deaths < 50
+    assert deaths >= 7
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
@@ -183,7 +183,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes(content[:-9] if damage == "cut short" else content[:-9] + b"\x00" + content[-8:])
+        flipped = bytes([content[-99] ^ 1])
+        path.write_bytes(content[:-99] if damage == "cut short" else content[:-99] + flipped + content[-98:])
     with pytest.raises(EdgePeftError, match="is damaged") as caught:
         training.run(chosen, out)
     others = sorted(path.name for path in (out / "checkpoints").glob("step-*") if path != newest)
@@ -224,12 +225,12 @@ def test_the_last_update_is_not_trusted_blindly(tmp_path: Path) -> None:
 
 def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
     """A rate so high that evaluations get worse; resumed, it does no further step."""
-    chosen = training.written("causal-lm", lr=0.3, warmup=0.0, evaluations=10, patience=2, schedule="linear")
+    chosen = training.written("causal-lm", lr=0.3, warmup=0.0, evaluations=10, patience=1, schedule="linear")
     done = training.run(chosen, tmp_path / "run")
     evaluations = log(tmp_path / "run", "evaluation")
     losses = [event["metrics"]["loss"] for event in evaluations]
     best = losses.index(min(losses))
-    assert len(losses) < 10 and len(losses) == best + 3
+    assert len(losses) < 10 and len(losses) == best + 2
     assert done.metrics["loss"] == min(losses)
     assert log(tmp_path / "run", "end")[0]["best_step"] == evaluations[best]["step"]
     passes: list[int] = []

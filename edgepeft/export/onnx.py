@@ -15,7 +15,7 @@ from edgepeft.errors import EdgePeftError
 from edgepeft.export.translate import Axes, Graph, write
 from edgepeft.files import atomic_directory
 
-# Sizes of the traced example. All differ and exceed one: torch.export takes a size of one, or two sizes that agree, for a law.
+# Sizes of the traced example. They differ and exceed one: a size of one, or two that agree, may be taken for a law.
 BATCH, TOKENS, PAST, SOURCE = 2, 4, 5, 7
 
 
@@ -27,8 +27,8 @@ def export(model: nn.Module, task: str, directory: Path) -> list[Path]:
       past_key_values.N.key/.value (batch, heads, past, head_dim) → logits (batch, tokens, vocabulary) and
       present.N.key/.value. ``past`` may be 0, so the one graph serves prefill and decoding.
     - seq2seq: ``encoder.onnx``, input_ids and attention_mask (batch, source) → cross.N.key/.value;
-      ``decoder.onnx``, decoder_input_ids (batch, tokens), encoder_attention_mask (batch, source), past_key_values.N.* and
-      cross.N.* → logits and present.N.*.
+      ``decoder.onnx``, decoder_input_ids (batch, tokens), encoder_attention_mask (batch, source), past_key_values.N.*
+      and cross.N.* → logits and present.N.*.
 
     Layers, heads and widths come from a run of the model, never from its config: an adapter may add cache layers of its
     own or widen the encoder's states. Weights lie in ``<graph>.onnx.data`` beside each graph.
@@ -68,7 +68,7 @@ class _Classifier(nn.Module):
 
 
 class _CausalLM(nn.Module):
-    """Next-token logits (batch, tokens, vocabulary) and the cache, which enters and leaves as a flat list of tensors."""
+    """Logits (batch, tokens, vocabulary) and the cache, which enters and leaves as a flat list of tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -90,8 +90,8 @@ class _CausalLM(nn.Module):
 class _Encoder(nn.Module):
     """The keys and values that cross-attention reads, computed once per input.
 
-    The model itself fills its cross cache in one step of the decoder; what else that step computes is dead code and does
-    not reach the graph.
+    The model itself fills its cross cache in one step of the decoder; what else that step computes is dead code and
+    does not reach the graph.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -203,8 +203,8 @@ def _example(model: nn.Module, tokens: int) -> tuple[Tensor, Tensor]:
 def _cache(states: Sequence[Tensor]) -> DynamicCache:
     """A cache that already holds ``states``: keys and values of layer 0, of layer 1, and so on.
 
-    Filled by hand since ``update`` would trace a concatenation with an empty tensor for each of them. Every layer keeps all
-    its tokens, of sliding-window models too: their window is in the attention mask.
+    Filled by hand since ``update`` would trace a concatenation with an empty tensor for each of them. Every layer keeps
+    all its tokens, of sliding-window models too: their window is in the attention mask.
     """
     cache = DynamicCache()
     for keys, values in zip(states[::2], states[1::2], strict=True):
@@ -233,7 +233,7 @@ def _cache_inputs(prefix: str, cache: DynamicCache, length: int, axis: str) -> d
 
 
 def _share_sizes(tokens: Tensor, states: Sequence[Tensor]) -> None:
-    """Say up front that all states have one batch and one length: found out later, it costs a symbol and a proof each."""
+    """Say up front that all states have one batch and one length: found out later, each costs a symbol and a proof."""
     for state in states:
         torch._check(state.shape[0] == tokens.shape[0])
         torch._check(state.shape[2] == states[0].shape[2])

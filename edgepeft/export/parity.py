@@ -1,4 +1,4 @@
-"""ONNX graphs against the torch model they were made from: logits, metric, generated tokens and speed on real examples."""
+"""ONNX graphs against the torch model they were made from: logits, metric, generated tokens, speed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from edgepeft.runtime import decode
 from edgepeft.runtime.sessions import Graph
 
 FP32_TOLERANCE = 1e-3  # relative: the same arithmetic in another order; measured exports are at 1e-6 to 1e-4
+FP32_SAME_TOKENS = 0.5  # two likeliest tokens may tie, and all after them differ; a wrong cache spares no prompt
 KEPT_GAIN = 0.5  # share of what fine-tuning gained that a quantised variant must keep, or the fine-tune counts as lost
 PREFILL, DECODE = 32, 24  # tokens of the latency measurement
 CLASSIFIED = 64
@@ -46,24 +47,27 @@ def target_logits(graphs: Graphs, batch: Arrays) -> NDArray[np.float32]:
     return steps.reshape(-1, steps.shape[-1])[batch["target_positions"]]
 
 
-def compare(
-    graphs: Graphs, batches: Sequence[Arrays], reference: Callable[[int], NDArray[np.float32]]
-) -> Comparison:
-    """Hold the graphs against ``reference(i)``, the logits another artefact gives for batch ``i``. One batch at a time."""
-    loss, right, count, difference, largest = 0.0, 0, 0, 0.0, 0.0
+def compare(graphs: Graphs, batches: Sequence[Arrays], reference: Callable[[int], NDArray[np.float32]]) -> Comparison:
+    """Hold the graphs against ``reference(i)``, the logits another artefact gives for batch ``i``. One batch at a time.
+
+    Logits that are not numbers count as wrong answers, and make the loss and the deviation NaN.
+    """
+    loss, right, count = 0.0, 0, 0
+    differences, magnitudes = [], []
     name = "accuracy"
     for index, batch in enumerate(batches):
         wanted = batch["labels"] if "labels" in batch else batch["target_ids"]
         name = "accuracy" if "labels" in batch else "token_accuracy"
         logits, other = target_logits(graphs, batch), reference(index)
-        difference = max(difference, float(np.abs(logits - other).max()))
-        largest = max(largest, float(np.abs(other).max()))
+        differences.append(np.abs(logits - other).max())
+        magnitudes.append(np.abs(other).max())
         exact = logits.astype(np.float64)
         shifted = exact - exact.max(-1, keepdims=True)
         loss += float((np.log(np.exp(shifted).sum(-1)) - np.take_along_axis(shifted, wanted[:, None], 1)[:, 0]).sum())
-        right += int((logits.argmax(-1) == wanted).sum())
+        right += int(((logits.argmax(-1) == wanted) & np.isfinite(exact).all(-1)).sum())
         count += len(wanted)
-    return Comparison({"loss": loss / count, name: right / count}, difference / largest)
+    deviation = float(np.max(differences) / np.max(magnitudes))  # Python's max would lose a NaN
+    return Comparison({"loss": loss / count, name: right / count}, deviation)
 
 
 def same_tokens(expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> float:
@@ -79,7 +83,7 @@ def same_tokens(expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]
 def generate(graphs: Graphs, prompt: Sequence[int], tokens: int, stops: Sequence[int], start: int | None) -> list[int]:
     """Greedy tokens after one prompt, the stop token included."""
     ids = np.array([prompt], np.int64)
-    return decode.greedy(graphs, ids, np.ones_like(ids), tokens, stops, start)[0].tolist()  # type: ignore[no-any-return]
+    return decode.greedy(graphs, ids, np.ones_like(ids), tokens, stops, start)[0].tolist()
 
 
 def speed(graphs: Graphs, task: str, start: int | None, *, runs: int = 5) -> tuple[float, float | None]:
@@ -97,12 +101,25 @@ def speed(graphs: Graphs, task: str, start: int | None, *, runs: int = 5) -> tup
     return first * 1e3, DECODE / max(float(np.median(whole[1:])) - first, 1e-9)
 
 
+def same_function(row: Row) -> str:
+    """Why a row's graph, unquantised, is not the model it was made from, or an empty string when it is."""
+    deviation = float("nan") if row.deviation is None else row.deviation
+    if not deviation <= FP32_TOLERANCE:  # also refuses NaN
+        return f"Logits differ by {deviation:.2g} of the largest; up to {FP32_TOLERANCE:g} is rounding."
+    if row.same_tokens is not None and row.same_tokens < FP32_SAME_TOKENS:
+        return f"Of the generated tokens only {row.same_tokens:.0%} are the same: its key-value cache is wrong."
+    return ""
+
+
 def keeps_fine_tune(task: str, row: Row, tuned: Row, base: Row | None) -> str:
     """Why an artefact lost the fine-tune, or an empty string when it did not.
 
-    It is lost when less than half of what training gained over the untuned model is left, in accuracy for classifiers and
-    in loss for the others. Where training gained nothing there is nothing to lose, and only the metric itself counts.
+    It is lost when less than half of what training gained over the untuned model is left, in accuracy for classifiers
+    and in loss for the others. Where training gained nothing there is nothing to lose: the metric itself may then be
+    worse by 2 %.
     """
+    if not np.isfinite(list(row.metrics.values())).all():
+        return "Its outputs are not numbers."
     name, sign = ("accuracy", 1) if task == "classification" else ("loss", -1)
     gained = 0.0 if base is None else sign * (tuned.metrics[name] - base.metrics[name])
     lost = sign * (tuned.metrics[name] - row.metrics[name])

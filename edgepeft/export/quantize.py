@@ -11,14 +11,15 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from numpy.typing import NDArray
 
-from edgepeft.errors import EdgePeftError
+from edgepeft.errors import EdgePeftError, UsageError, nearest
 from edgepeft.export.packing import BLOCK, quantize_blocks, quantize_channels
 from edgepeft.export.translate import save
 from edgepeft.files import atomic_directory
 
+BITS = {"int8": 8, "int4": 4}
 MICROSOFT = "com.microsoft"
 INT8_ACTIVATIONS = 4
-"""MatMulNBits' accuracy level: activations in int8, blockwise. Other levels are 2 to 60 times slower (facts/onnx.md, 5)."""
+"""MatMulNBits' accuracy level: activations in int8, by block. The default multiplies in fp32, 2 to 60 times slower."""
 
 PROTECTED = "wo"
 """T5's second feed-forward projection; its inputs have outliers that no 8-bit scale can hold."""
@@ -28,23 +29,28 @@ SMALLEST = 32
 
 
 def quantize(source: Path, variant: str, task: str, target: Path) -> list[Path]:
-    """Make the ``variant`` ("int8" or "int4") of all fp32 graphs in ``source``.
+    """Make the ``variant`` ("int8" or "int4") of the fp32 graphs in ``source``.
 
-    - int8 of classification and seq2seq: weights in int8 by channel, activations in uint8 by tensor at run time; fastest where
-      many tokens are read at once.
-    - int8 of causal-lm, and int4: weights in blocks (MatMulNBits); fastest where tokens come one by one.
-    - Embeddings, and heads tied to them, are in 8-bit blocks in every variant and are stored once: in 4 bits a tied head
-      costs SmolLM2 half as much again as all its layers (0.13 on 0.34 nats of divergence), an 8-bit one nothing.
+    - int8 of classification and seq2seq: weights by channel, and activations by tensor when the graph runs; fastest
+      where many tokens are read at once.
+    - int8 of causal-lm, and int4: weights by block (MatMulNBits); fastest where tokens come one by one.
+    - Embeddings, and heads tied to them, are in 8-bit blocks in every variant and are stored once. In 4 bits a tied
+      head costs SmolLM2 0.13 nats a token of divergence from fp32, beside 0.34 for all its layers; in 8 bits, nothing.
 
     Returns:
         The new graphs in ``target``, which is replaced whole.
 
     Raises:
+        UsageError: there is no such variant.
         EdgePeftError: a graph in ``source`` is missing or damaged.
     """
+    if variant not in BITS:
+        raise UsageError(f"Unknown variant {variant!r}.", remedy=nearest(variant, BITS))
     paths = sorted(source.glob("*.onnx"))
     if not paths:
-        raise EdgePeftError(f"{source} holds no ONNX graph.", "Quantising starts from the fp32 graphs.", "Export again.")
+        raise EdgePeftError(
+            f"{source} holds no ONNX graph.", "Variants are made from the fp32 graphs.", "Export again."
+        )
     by_channel = variant == "int8" and task != "causal-lm"
     with atomic_directory(target) as folder:
         for path in paths:
@@ -57,7 +63,7 @@ def quantize(source: Path, variant: str, task: str, target: Path) -> list[Path]:
                 elif by_channel:
                     editor.by_channel(linear)
                 else:
-                    editor.blockwise(linear, bits=8 if variant == "int8" else 4)
+                    editor.blockwise(linear, bits=BITS[variant])
             for gather in [node for node in model.graph if _is_lookup(node)]:
                 editor.lookup(gather)
             model.opset_imports[MICROSOFT] = 1

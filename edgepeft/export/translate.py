@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.onnx import ONNXProgram, OnnxExporterError
+from torch.onnx import OnnxExporterError, ONNXProgram
 
 from edgepeft.errors import EdgePeftError
 
@@ -27,7 +27,7 @@ Axes = dict[int, str]
 """Names of the axes whose size is free, by their number."""
 
 FOLDED_ELEMENTS = 1024
-"""Larger constants that several nodes read are not folded: a head tied to the embedding must not be stored again, transposed."""
+"""Larger constants that several nodes read are not folded: a head tied to the embedding would be stored twice."""
 
 aten = torch.ops.aten
 _ASSERTIONS = {aten._assert_scalar.default, aten._assert_tensor_metadata.default, aten._assert_async.msg}
@@ -53,7 +53,7 @@ class Graph:
     Attributes:
         name: of the file, without ``.onnx``.
         module: takes the inputs as positional arguments, returns the outputs.
-        inputs: an example of each input, and its free axes; sizes of free axes must differ from each other and exceed one.
+        inputs: an example of each input, and its free axes; sizes of different axes differ and exceed one.
         outputs: names of the outputs.
     """
 
@@ -66,17 +66,18 @@ class Graph:
 def write(graph: Graph, path: Path) -> None:
     """Trace ``graph`` and save it as ONNX, its weights in ``<path>.data``.
 
-    ``torch.onnx.export`` alone would do, in three times the time: it traces the module, traces the result again to
-    decompose operators (all of which ONNX can express as they are), and then matches some hundred rewrite rules at every
-    node. Here the first trace is tidied by hand so that the second is not needed, and the rules are left out: constant
-    folding and the removal of duplicates give the same kernels, and onnxruntime optimises every graph when it loads it.
+    ``torch.onnx.export`` alone would do, in two to three times the time: it traces the module, traces the result again
+    to decompose operators (nearly all of which ONNX can express as they are), then tries a hundred rewrite rules on
+    every node. Here the first trace is tidied so that the second is not needed, and the rules are left out: constant
+    folding and the removal of duplicates give the same kernels, and onnxruntime optimises every graph it loads.
 
     Raises:
         EdgePeftError: torch cannot trace the module or cannot express it in ONNX.
     """
     examples = tuple(example for example, _ in graph.inputs.values())
     axes = [axes for _, axes in graph.inputs.values()]
-    with _quiet(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused CPU attention returns strides ONNX cannot view
+    # The fused attention of CPUs returns strides that cannot be viewed as the shape that is traced.
+    with _quiet(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         try:
             program = _trace(graph.module, examples, axes)
             translated = _translate(program, examples, axes, graph)
@@ -120,7 +121,7 @@ def _translate(program: ExportedProgram, examples: tuple[Tensor, ...], axes: lis
 
     if not _tidy(program):
         return translate()
-    program.run_decompositions = lambda *args, **kwargs: program  # type: ignore[method-assign]
+    program.run_decompositions = lambda *args, **kwargs: program
     try:
         return translate()
     except OnnxExporterError:  # an operator that ONNX cannot express as it is
@@ -156,7 +157,7 @@ def _as_dtype(source: Node, node: Node) -> Node:
 
 
 def _is_unshared(node: Node) -> bool:
-    """Whether the one reader of this tensor is the operator that changes it: then the change is as good as a new tensor."""
+    """Whether this tensor is read only by the operator that changes it: then the change is as good as a new tensor."""
     schema = _schema(node)
     return len(node.users) == 1 and schema is not None and all(value.alias_info is None for value in schema.returns)
 
@@ -182,7 +183,7 @@ def _simplify(model: ir.Model) -> None:
 
 
 def _name(model: ir.Model) -> None:
-    """Call each node ``<module>/<operator>``, and drop the exporter's notes: source lines, with paths of this machine."""
+    """Call each node ``<module>/<operator>`` and drop the exporter's notes, which hold paths of this machine."""
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         module = scopes[-2].removeprefix("model").removeprefix(".") if len(scopes) > 1 else ""

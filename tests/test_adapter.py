@@ -1,0 +1,111 @@
+"""Adapter files: what was trained and nothing else, and never on the wrong model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from edgepeft import adapter
+from edgepeft.errors import EdgePeftError, UsageError
+from edgepeft.evaluate import sample_logits
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    made, method = tiny.adapted("bert", "lora", rank=2)
+    tiny.randomise(nn.ParameterList(adapter.trained(made.model).values()))
+    card = adapter.card(method, model="m", task="classification", precision="fp32", labels=("a", "b", "c"), seed=3)
+    adapter.save(tmp_path / "adapter", made.model, card)
+    return tmp_path / "adapter"
+
+
+def test_only_what_was_trained_is_stored(saved: Path) -> None:
+    made, _ = tiny.adapted("bert", "lora", rank=2)
+    stored = load_file(saved / adapter.TENSORS)
+    assert stored.keys() == adapter.trained(made.model).keys()
+    assert {name for name in stored if ".delta." not in name} == {"classifier.weight", "classifier.bias"}
+
+
+def test_the_card_says_what_it_belongs_to(saved: Path) -> None:
+    card = adapter.read_card(saved)
+    assert (card.method, card.model, card.task, card.precision, card.seed) == ("lora", "m", "classification", "fp32", 3)
+    assert card.labels == ("a", "b", "c")
+    assert tiny.method(card.method, **card.options) == tiny.method("lora", rank=2)
+
+
+@pytest.mark.parametrize("at", ["bf16", "nf4"])
+def test_an_adapter_moves_between_precisions(saved: Path, at: str) -> None:
+    batch = tiny.batch("bert")
+    full, _ = tiny.adapted("bert", "lora", rank=2)
+    adapter.load(saved, full.model)
+    made, _ = tiny.adapted("bert", "lora", at, rank=2)
+    before = sample_logits(made.model, [batch])[0]
+    adapter.load(saved, made.model)
+    expected = sample_logits(full.model, [batch])[0]
+    after = sample_logits(made.model, [batch])[0]
+    assert (after - expected).norm() < 0.5 * (before - expected).norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "part"),
+    [
+        ("lora", {"rank": 3}, "tensors of another shape"),
+        ("lora", {"rank": 2, "targets": ("query",)}, "20 tensors not in the model"),
+        ("ln_tuning", {}, "10 tensors missing"),
+    ],
+)
+def test_an_adapter_of_something_else(saved: Path, name: str, options: dict[str, object], part: str) -> None:
+    made, _ = tiny.adapted("bert", name, **options)
+    before = {n: p.detach().clone() for n, p in adapter.trained(made.model).items()}
+    with pytest.raises(EdgePeftError, match="does not belong to this model") as caught:
+        adapter.load(saved, made.model)
+    assert part in caught.value.cause
+    assert all(torch.equal(p, before[n]) for n, p in adapter.trained(made.model).items())
+
+
+def test_damaged_and_missing_files(saved: Path, tmp_path: Path) -> None:
+    made, _ = tiny.adapted("bert", "lora", rank=2)
+    content = (saved / adapter.TENSORS).read_bytes()
+    (saved / adapter.TENSORS).write_bytes(content[:-7])
+    with pytest.raises(EdgePeftError, match="cannot be read"):
+        adapter.load(saved, made.model)
+    (saved / adapter.CARD).write_text('{"method": ')
+    with pytest.raises(EdgePeftError, match="is damaged"):
+        adapter.read_card(saved)
+    (saved / adapter.CARD).write_text(json.dumps({"method": "lora", "labels": None}))
+    with pytest.raises(EdgePeftError, match="is damaged"):
+        adapter.read_card(saved)
+    with pytest.raises(UsageError, match="There is no adapter"):
+        adapter.read_card(tmp_path)
+    with pytest.raises(EdgePeftError, match="cannot be read"):
+        adapter.load(tmp_path, made.model)
+
+
+def test_saving_replaces_the_whole_folder(saved: Path) -> None:
+    (saved / "stale.txt").touch()
+    made, method = tiny.adapted("bert", "lora", rank=2)
+    card = adapter.card(method, model="m", task="classification", precision="fp32", labels=None, seed=0)
+    adapter.save(saved, made.model, card)
+    assert {path.name for path in saved.iterdir()} == {adapter.TENSORS, adapter.CARD}
+    assert adapter.read_card(saved).labels is None
+
+
+def test_equal_adapters_are_equal_bytes(saved: Path, tmp_path: Path) -> None:
+    made, method = tiny.adapted("bert", "lora", rank=2)
+    adapter.load(saved, made.model)
+    adapter.save(tmp_path / "again", made.model, adapter.read_card(saved))
+    for name in (adapter.TENSORS, adapter.CARD):
+        assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_other_tensors_of_a_file_are_not_taken(tmp_path: Path) -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    adapter.copy_into({"a": parameter}, adapter.read_tensors(tmp_path / "x.safetensors"), "x")
+    assert torch.equal(parameter, torch.ones(2))

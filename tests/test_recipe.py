@@ -1,0 +1,136 @@
+"""Recipes survive their file, take settings from the command line, and refuse what makes no sense."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgepeft import recipe
+from edgepeft.errors import UsageError
+from edgepeft.recipe import Recipe
+
+FULL: dict[str, Any] = {
+    "model": 'C:\\models\\"quoted"\nand\tmore \x7f\x00 é 東京',
+    "data": "data.jsonl",
+    "task": "classification",
+    "columns": {"text": "review", "label": "the label.x"},
+    "validation": "dev.jsonl",
+    "hardware": "cpu-x86-16gb",
+    "method": "lora",
+    "options": {"rank": 4, "alpha": 1e-05, "targets": ["query", "value"]},
+    "precision": "nf4",
+    "microbatch": 2,
+    "checkpointing": False,
+    "epochs": 0.5,
+    "max_steps": 7,
+    "lr": 1e-05,
+    "patience": 3,
+    "variants": ["int8", "int4"],
+    "trust_remote_code": True,
+}
+
+
+@pytest.mark.parametrize("values", [{"model": "m", "data": "d"}, FULL])
+def test_round_trip(values: dict[str, Any], tmp_path: Path) -> None:
+    written = recipe.create(values)
+    recipe.write(written, tmp_path / "recipe.toml")
+    read = recipe.read(tmp_path / "recipe.toml")
+    assert recipe.create(read) == written
+    assert values.items() <= read.items()
+
+
+def test_a_file_with_defaults_leaves_open_what_the_plan_chooses() -> None:
+    read = tomllib.loads(recipe.dumps(Recipe(model="m", data="d")))
+    assert not {"method", "precision", "microbatch", "checkpointing", "lr", "options"} & read.keys()
+    assert read["global_batch"] == 16 and read["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("lr=1e-3", {"lr": 1e-3}),
+        ("max_steps=10", {"max_steps": 10}),
+        ("checkpointing=true", {"checkpointing": True}),
+        ("method=lora", {"method": "lora"}),
+        ("model=./models/a=b", {"model": "./models/a=b"}),
+        ('model="a b"', {"model": "a b"}),
+        ("options.rank=16", {"options": {"dropout": 0.1, "rank": 16}}),
+        ('options.targets=["query"]', {"options": {"dropout": 0.1, "targets": ["query"]}}),
+        ("columns.text=review", {"columns": {"text": "review"}}),
+        ("hardware=2024-01", {"hardware": "2024-01"}),
+        (" lr = 2.0", {"lr": 2.0}),
+    ],
+)
+def test_settings(setting: str, expected: dict[str, Any]) -> None:
+    values: dict[str, Any] = {"options": {"dropout": 0.1}}
+    recipe.assign(values, setting)
+    assert values == {"options": {"dropout": 0.1}} | expected
+
+
+@pytest.mark.parametrize(("setting", "part"), [("lr", "key=value"), ("model.x=1", "model is not a table")])
+def test_settings_that_cannot_be_made(setting: str, part: str) -> None:
+    with pytest.raises(UsageError, match=part):
+        recipe.assign({"model": "m"}, setting)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"modle": "x"}, "there is no 'modle'"),
+        ({"epochs": "two"}, "epochs = 'two' is not of the right type"),
+        ({"epochs": True}, "epochs = True is not of the right type"),
+        ({"microbatch": 2.0}, "microbatch = 2.0 is not of the right type"),
+        ({"seed": None}, "seed = None is not of the right type"),
+        ({"columns": ["text"]}, r"columns = \('text',\) is not of the right type"),
+        ({"columns": {"text": 1}}, "columns = {'text': 1} is not of the right type"),
+        ({"variants": [8]}, r"variants = \(8,\) is not of the right type"),
+        ({"variants": "int8"}, "variants = 'int8' is not of the right type"),
+        ({"lr": float("nan")}, "lr = nan"),
+        ({"epochs": float("inf")}, "epochs = inf"),
+        ({"microbatch": 0}, "microbatch = 0 must be positive"),
+        ({"max_steps": 0}, "max_steps = 0 must be positive"),
+        ({"max_target_tokens": 0}, "max_target_tokens = 0 must be positive"),
+        ({"lr": -1e-3}, "lr = -0.001 must be positive"),
+        ({"patience": 0}, "patience = 0 must be positive"),
+        ({"seed": -1}, "seed = -1 must not be negative"),
+        ({"weight_decay": -0.1}, "weight_decay = -0.1 must not be negative"),
+        ({"warmup": 1.0}, "shares between 0 and 1"),
+        ({"validation_fraction": 0.0}, "shares between 0 and 1"),
+        ({"schedule": "cosin"}, "'cosin' is not known here"),
+        ({"variants": ["int9"]}, "'int9' is not known here"),
+    ],
+)
+def test_refusals(change: dict[str, Any], part: str) -> None:
+    with pytest.raises(UsageError, match=part):
+        recipe.create({"model": "m", "data": "d"} | change)
+
+
+def test_refusals_name_the_nearest() -> None:
+    with pytest.raises(UsageError) as caught:
+        recipe.create({"model": "m", "data": "d", "modle": "x"})
+    assert "model" in caught.value.remedy
+    with pytest.raises(UsageError) as caught:
+        recipe.create({"model": "m", "data": "d", "schedule": "cosin"})
+    assert "cosine" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["model", "data"])
+def test_what_every_recipe_needs(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} is missing") as caught:
+        recipe.create({key: "x" for key in ("model", "data") if key != name})
+    assert f"--{name}" in caught.value.remedy
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="There is no recipe"):
+        recipe.read(tmp_path / "nowhere.toml")
+    (tmp_path / "bad.toml").write_text("model = \n")
+    with pytest.raises(UsageError, match="cannot be read") as caught:
+        recipe.read(tmp_path / "bad.toml")
+    assert "line 1" in caught.value.cause
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="cannot be read"):
+        recipe.read(tmp_path / "binary.toml")
