@@ -73,7 +73,8 @@ def same_job(sides: dict[str, dict[str, Any]]) -> None:
     """
     for precision in ("bf16", "nf4"):
         first = {side: found["losses"][0] for side, found in sides.items() if SIDES[side][2].startswith(precision)}
-        if not max(first.values()) - min(first.values()) <= SAME_LOSS:
+        reference = next(iter(first.values()))
+        if not all(abs(loss - reference) <= SAME_LOSS for loss in first.values()):  # also when one is not a number
             raise EdgePeftError(
                 f"The sides do not do the same job: their first losses are {first}.",
                 f"Before the first update all {precision} sides compute the same function, to within {SAME_LOSS} nats.",

@@ -43,7 +43,13 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def card(method: Method, *, model: str, task: str, precision: str, labels: tuple[str, ...] | None, seed: int) -> Card:
     """The card of an adapter of ``method``."""
     return Card(
-        method=method.name, options=asdict(method), model=model, task=task, precision=precision, labels=labels, seed=seed
+        method=method.name,
+        options=asdict(method),
+        model=model,
+        task=task,
+        precision=precision,
+        labels=labels,
+        seed=seed,
     )
 
 

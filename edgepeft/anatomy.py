@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -22,8 +23,8 @@ class Block:
     Attributes:
         path: dotted name of the layer in the model.
         stack: index of the stack the layer belongs to (an encoder-decoder has two, everything else one).
-        linears: for each role of ``ROLES`` that the layer has, the dotted names of its linear layers. A gated feed-forward has
-            two under ``ffn_in``; a fused projection stands under each of its roles.
+        linears: for each role of ``ROLES`` that the layer has, the dotted names of its linear layers. A gated
+            feed-forward has two under ``ffn_in``; a fused projection stands under each of its roles.
         norms: dotted names of the normalisations in the layer.
     """
 
@@ -35,7 +36,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Stack:
-    """A run of transformer layers that one module calls in turn: ``owner`` (dotted, "" is the model), holding ``layers``."""
+    """Transformer layers that one module calls in turn: ``owner`` (dotted, "" is the model), holding ``layers``."""
 
     owner: str
     layers: str
@@ -165,25 +166,28 @@ def find(model: nn.Module) -> Anatomy:
     Raises:
         UsageError: its architecture is of none of the known builds.
     """
-    base = model.base_model
+    hub_model: Any = model
+    base = hub_model.base_model
     prefix = next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
     modules = {name.removeprefix(prefix): module for name, module in model.named_modules() if name.startswith(prefix)}
     layout = next((layout for layout in _LAYOUTS if _fits(layout, modules)), None)
     if layout is None:
         raise UsageError(
             f"The architecture {type(model).__name__} is not one edgepeft knows.",
-            "Methods need to know where attention and feed-forward layers are, and no known layout matches its modules.",
+            "Methods need to know where attention and feed-forward layers are, "
+            "and no known layout matches its modules.",
             "Known builds: BERT, RoBERTa, DistilBERT, GPT-2, Llama, Mistral, Qwen, Gemma, Phi, T5. "
             "A new one is a layout in edgepeft/anatomy.py.",
         )
     blocks = []
     for index, (stack, roles) in enumerate(zip(layout.stacks, layout.roles, strict=True)):
-        for number in range(len(modules[stack])):  # type: ignore[arg-type]  # a ModuleList has a length
+        layers: Any = modules[stack]
+        for number in range(len(layers)):
             path = f"{stack}.{number}"
             linears = {role: tuple(f"{prefix}{path}.{name}" for name in names) for role, names in roles.items()}
             norms = tuple(prefix + name for name in modules if name.startswith(f"{path}.") and is_norm(modules[name]))
             blocks.append(Block(prefix + path, index, linears, norms))
-    unembedding = _name_of(model, model.get_output_embeddings())
+    unembedding = _name_of(model, hub_model.get_output_embeddings())
     return Anatomy(
         stacks=tuple(Stack((prefix + s).rpartition(".")[0], prefix + s) for s in layout.stacks),
         blocks=tuple(blocks),

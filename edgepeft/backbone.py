@@ -111,9 +111,7 @@ def tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedT
     from transformers import AutoTokenizer
 
     with _refusing_unloadable(source):
-        loaded = AutoTokenizer.from_pretrained(
-            source.location, trust_remote_code=trust_remote_code, **_gguf(source)
-        )
+        loaded = AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code, **_gguf(source))
     if not loaded.is_fast:
         raise UsageError(
             f"The tokenizer of {source.name} is not a fast one.",
@@ -140,7 +138,9 @@ def positions(configuration: PretrainedConfig) -> int | None:
         return None
     found = next((getattr(configuration, name) for name in _POSITIONS if getattr(configuration, name, None)), None)
     # RoBERTa counts its positions from pad_token_id + 1
-    offset = configuration.pad_token_id + 1 if configuration.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    offset = (
+        configuration.pad_token_id + 1 if configuration.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    )
     return None if found is None else found - offset
 
 
@@ -268,7 +268,7 @@ def _untie_as_published(model: Any) -> None:
 
 
 def _may_be_packed(name: str, parts: anatomy.Anatomy, model: PreTrainedModel) -> bool:
-    """Only layers of the blocks, as everywhere in the field; and never T5's ``wo``, whose outliers do not survive it."""
+    """Only layers of the blocks, as everywhere in the field; never T5's ``wo``, whose outliers do not survive it."""
     inside = any(name.startswith(f"{block.path}.") for block in parts.blocks)
     return inside and not (model.config.model_type in ("t5", "mt5", "umt5") and name.endswith(".wo"))
 
@@ -287,7 +287,7 @@ def linearize(model: nn.Module) -> None:
 
 
 def _without_gguf_traces(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """transformers marks a model read from GGUF as quantised and refuses to save it; the tensors themselves are plain."""
+    """transformers marks a model read from GGUF as quantised and refuses to save it; the tensors are plain."""
     config = type(model.config).from_dict(
         {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     )

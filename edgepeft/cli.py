@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -22,23 +22,27 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Model = Annotated[Optional[str], typer.Option("--model", help="A folder, a GGUF file, a catalogue name or a hub id.")]
-DataOption = Annotated[Optional[str], typer.Option("--data", help="A .jsonl, .csv or .parquet file, a folder, or a hub data set.")]
+Model = Annotated[str | None, typer.Option("--model", help="A folder, a GGUF file, a catalogue name or a hub id.")]
+DataOption = Annotated[
+    str | None, typer.Option("--data", help="A .jsonl, .csv or .parquet file, a folder, or a hub data set.")
+]
 Out = Annotated[Path, typer.Option("--out", help="The folder of the run.")]
-Gpu = Annotated[Optional[str], typer.Option("--gpu", "--hardware", help="A profile, a .toml of your own, or auto.")]
-MethodOption = Annotated[Optional[str], typer.Option("--method", help="A method's name, or a dotted path.")]
-PrecisionOption = Annotated[Optional[str], typer.Option("--precision", help="fp32, bf16, int8 or nf4.")]
-Task = Annotated[Optional[str], typer.Option("--task", help="classification, causal-lm or seq2seq.")]
-SeqLen = Annotated[Optional[int], typer.Option("--seq-len", help="Longest sequence in tokens.")]
-TargetLen = Annotated[Optional[int], typer.Option("--target-len", help="Longest target in tokens (seq2seq).")]
-GlobalBatch = Annotated[Optional[int], typer.Option("--global-batch", help="Examples of one update.")]
-RecipeOption = Annotated[Optional[Path], typer.Option("--recipe", help="A recipe.toml.")]
-Set = Annotated[Optional[list[str]], typer.Option("--set", help="key=value of the recipe; repeatable.")]
+Gpu = Annotated[str | None, typer.Option("--gpu", "--hardware", help="A profile, a .toml of your own, or auto.")]
+MethodOption = Annotated[str | None, typer.Option("--method", help="A method's name, or a dotted path.")]
+PrecisionOption = Annotated[str | None, typer.Option("--precision", help="fp32, bf16, int8 or nf4.")]
+Task = Annotated[str | None, typer.Option("--task", help="classification, causal-lm or seq2seq.")]
+SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Longest sequence in tokens.")]
+TargetLen = Annotated[int | None, typer.Option("--target-len", help="Longest target in tokens (seq2seq).")]
+GlobalBatch = Annotated[int | None, typer.Option("--global-batch", help="Examples of one update.")]
+RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="A recipe.toml.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe; repeatable.")]
 RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.")]
 
 
 @app.command()
-def profiles(name: Annotated[Optional[str], typer.Argument(help="One profile, or auto.")] = None, as_json: Json = False) -> None:
+def profiles(
+    name: Annotated[str | None, typer.Argument(help="One profile, or auto.")] = None, as_json: Json = False
+) -> None:
     """Show the hardware profiles, or every number of one with its source."""
     from edgepeft import hardware, tables
 
@@ -53,7 +57,7 @@ def profiles(name: Annotated[Optional[str], typer.Argument(help="One profile, or
 
 
 @app.command()
-def methods(name: Annotated[Optional[str], typer.Argument(help="One method.")] = None, as_json: Json = False) -> None:
+def methods(name: Annotated[str | None, typer.Argument(help="One method.")] = None, as_json: Json = False) -> None:
     """List the methods, or show the hyper-parameters of one."""
     from edgepeft import tables
     from edgepeft.methods import base

@@ -18,8 +18,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The summed cross-entropy of ``hidden @ weight.T + bias`` against ``targets``, in nats.
 
-    Gradients are computed chunk by chunk in the forward pass, while a chunk's logits are there anyway, as Liger Kernel does
-    (arXiv 2410.10989, section 3.2): peak memory is one chunk of logits plus the gradient of ``hidden``.
+    Gradients are computed chunk by chunk in the forward pass, while a chunk's logits are there anyway, as Liger Kernel
+    does (arXiv 2410.10989, section 3.2): peak memory is one chunk of logits plus the gradient of ``hidden``.
 
     Args:
         hidden: (positions, width).

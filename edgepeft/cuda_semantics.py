@@ -1,4 +1,4 @@
-"""Make fake CPU tensors allocate what a CUDA device would: where the two differ, the operators are replaced while tracing."""
+"""Make fake CPU tensors allocate what a CUDA device would: operators that differ are replaced while tracing."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 HALF = (torch.float16, torch.bfloat16)
-ROUNDING = 512  # bytes: the caching allocator hands out multiples of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
+ROUNDING = (
+    512  # bytes: the caching allocator hands out multiples of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
+)
 
 
 @contextlib.contextmanager
 def emulated() -> Iterator[None]:
-    """While active, dropout, softmax and attention of ``torch.nn.functional`` save and allocate as their CUDA kernels do.
+    """While active, dropout, softmax and attention of ``torch.nn.functional`` save and allocate as on CUDA.
 
     The functions themselves are replaced rather than a torch function mode used, because such a mode is not active when
     activation checkpointing runs a layer again.
@@ -48,7 +50,9 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     return torch.native_dropout(input, p, True)[0] if training and 0 < p < 1 else input
 
 
-def _softmax(original: Any, input: Tensor, dim: int = -1, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+def _softmax(
+    original: Any, input: Tensor, dim: int = -1, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
     """CUDA fuses the cast of half precision to fp32 into the kernel."""
     if dtype is torch.float32 and input.dtype in HALF:
         return torch.ops.aten._softmax(input, dim % input.dim(), True)
@@ -65,7 +69,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Flash attention for half precision without a mask, memory-efficient attention for all else: PyTorch's own choice."""
+    """Flash attention for half precision without a mask, memory-efficient attention otherwise: PyTorch's own choice."""
     if attn_mask is None and query.dtype in HALF:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]

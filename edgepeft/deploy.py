@@ -1,4 +1,4 @@
-"""From a trained model to a device folder: export, quantise, hold every variant to the parity gate, package the best."""
+"""From a trained model to a device folder: export, quantise, hold each variant to the parity gate, package the best."""
 
 from __future__ import annotations
 
@@ -104,7 +104,9 @@ class _Gate:
         self.start: int | None = model.config.decoder_start_token_id if data.task == "seq2seq" else None
         self.stops = _stops(model)
         count = min(PROMPTS, len(data.validation))
-        self.prompts = [] if data.task == "classification" else [e.prompt_ids for e in data.validation.examples(range(count))]
+        self.prompts = (
+            [] if data.task == "classification" else [e.prompt_ids for e in data.validation.examples(range(count))]
+        )
         self.tuned = Row(artefact="tuned", metrics=evaluate(model, self.torch_batches))
         self.expected: list[list[int]] = [self._torch_tokens(prompt) for prompt in self.prompts]
 
@@ -147,7 +149,7 @@ class _Gate:
             eos_token_id=self.stops or None,
             pad_token_id=(self.stops or [0])[0],
         )[0].tolist()
-        return made[1:] if self.data.task == "seq2seq" else made[len(prompt) :]  # type: ignore[no-any-return]
+        return made[1:] if self.data.task == "seq2seq" else made[len(prompt) :]
 
 
 def _stops(model: Any) -> list[int]:
@@ -165,5 +167,7 @@ def _marked(row: Row, shipped: bool) -> Row:
 def _described(row: Row) -> str:
     parts = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in row.metrics.items()]
     parts.append(f"{(row.bytes or 0) / 2**20:.0f} MiB")
-    parts.append(f"{row.latency_ms:.1f} ms" if row.tokens_per_second is None else f"{row.tokens_per_second:.1f} tokens/s")
+    parts.append(
+        f"{row.latency_ms:.1f} ms" if row.tokens_per_second is None else f"{row.tokens_per_second:.1f} tokens/s"
+    )
     return ", ".join(parts) + (f". Refused: {row.note}" if row.note else "")

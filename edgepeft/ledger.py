@@ -41,7 +41,9 @@ def read(path: Path) -> list[Row]:
     try:
         return [Row(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))]
     except (ValueError, TypeError) as error:
-        raise EdgePeftError(f"{path} is damaged.", str(error), "Delete it; the stages that filled it run again.") from error
+        raise EdgePeftError(
+            f"{path} is damaged.", str(error), "Delete it; the stages that filled it run again."
+        ) from error
 
 
 def record(path: Path, *rows: Row) -> None:

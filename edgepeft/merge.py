@@ -39,7 +39,8 @@ def merge(
     """Merge a trained model into a Hugging Face folder ``out``, in fp32.
 
     A packed backbone is merged twice: into the dequantised weights that the adapter was trained against, and into the
-    original ones. Both are measured and the better is kept. What packing the merged weights again would do is measured too.
+    original ones. Both are measured and the better is kept. What packing the merged weights again would do is measured
+    too.
 
     Args:
         backbone: with the trained adapter in it; it is consumed.

@@ -23,6 +23,7 @@ from edgepeft.hardware import Hardware
 from edgepeft.hardware import load as load_hardware
 from edgepeft.ledger import Row
 from edgepeft.methods import base
+from edgepeft.plan import Plan
 from edgepeft.recipe import Recipe
 from edgepeft.workspace import Workspace, fingerprint, training_inputs
 
@@ -167,7 +168,10 @@ class _Job:
             return
         if self.space.merged.exists():
             whole = backbone.load(
-                backbone.resolve(str(self.space.merged)), task=self.data.task, at="fp32", labels=self.data.labels or None
+                backbone.resolve(str(self.space.merged)),
+                task=self.data.task,
+                at="fp32",
+                labels=self.data.labels or None,
             )
         else:
             whole = self._trained(self._needs("precision"))
@@ -190,7 +194,7 @@ class _Job:
         cut = ", ".join(f"{part.truncated} of {name} cut at {self.recipe.max_tokens} tokens" for name, part in parts)
         self.say(f"data: {len(self.data.train)} to train on, {len(self.data.validation)} to validate; {cut}")
 
-    def _plan(self, recipe: Recipe, microbatch: int | None, *, accumulates: bool) -> plan.Plan:
+    def _plan(self, recipe: Recipe, microbatch: int | None, *, accumulates: bool) -> Plan:
         return plan.plan(
             name=recipe.model,
             model=probe.as_fields(self.config),
@@ -206,7 +210,7 @@ class _Job:
             checkpointing=recipe.checkpointing,
             microbatch=microbatch,
             accumulates=accumulates,
-            progress=lambda done, total: self.say(f"plan: {done} of {total} configurations traced"),
+            first=True,
         )
 
     def _choice(self) -> str:
@@ -251,7 +255,9 @@ class _Job:
     def _needs(self, name: str) -> str:
         value: str | None = getattr(self.recipe, name)
         if value is None:
-            raise UsageError(f"There is no run in {self.space.root} yet.", f"Its {name} is not chosen.", "Run `edgepeft run`.")
+            raise UsageError(
+                f"There is no run in {self.space.root} yet.", f"Its {name} is not chosen.", "Run `edgepeft run`."
+            )
         return value
 
 
@@ -265,7 +271,9 @@ def _with_alias(wanted: Recipe) -> Recipe:
         return wanted
     if wanted.precision not in (None, implied):
         raise UsageError(
-            f"{wanted.method} means {implied}, not {wanted.precision}.", "", "Leave --precision out, or name the method itself."
+            f"{wanted.method} means {implied}, not {wanted.precision}.",
+            "",
+            "Leave --precision out, or name the method itself.",
         )
     return dataclasses.replace(wanted, method=base.create(wanted.method).name, precision=implied)
 
@@ -284,5 +292,3 @@ def _usable(hardware: Hardware) -> Hardware:
 
 def _shown(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
-
-

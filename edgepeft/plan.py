@@ -109,6 +109,7 @@ def plan(
     checkpointing: bool | None = None,
     microbatch: int | None = None,
     accumulates: bool = True,
+    first: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """Trace every candidate and choose.
@@ -118,6 +119,7 @@ def plan(
         tokens: longest sequence; ``target_tokens``: longest target (seq2seq).
         methods, precisions, checkpointing, microbatch: narrow the search to these.
         accumulates: whether an update may take several microbatches.
+        first: trace in the order of preference and stop at the first that fits comfortably: the same choice, sooner.
         progress: called with how many configurations are traced, of how many.
     """
     wanted = [
@@ -147,11 +149,13 @@ def plan(
             for at in precisions or ():
                 base.create(method, options).check(at)
     layers = probe.depth(model)
-    surfaces = _trace_all(wanted, progress)
-    candidates = [
-        _candidate(configuration, traced, layers, hardware, microbatch)
-        for configuration, traced in zip(wanted, surfaces, strict=True)
-    ]
+    wanted.sort(key=lambda configuration: _preference(configuration, hardware))
+    candidates: list[Candidate] = []
+    for part in [[configuration] for configuration in wanted] if first else [wanted]:
+        for configuration, traced in zip(part, _trace_all(part, progress), strict=True):
+            candidates.append(_candidate(configuration, traced, layers, hardware, microbatch))
+        if first and candidates[-1].fits and _comfortable(candidates[-1], global_batch):
+            break  # all others rank behind it
     candidates.sort(key=lambda candidate: _rank(candidate, global_batch, hardware))
     choice = 0 if candidates and candidates[0].fits else None
     return Plan(
@@ -201,16 +205,21 @@ def _candidate(
 
 
 def _rank(candidate: Candidate, global_batch: int, hardware: Hardware) -> tuple[Any, ...]:
-    """Smaller is better: what fits, with a comfortable microbatch, by the safest method, at the most exact precision."""
+    """Smaller is better: what fits, at a comfortable microbatch, by the safest method, in the most exact precision."""
+    return (not candidate.fits, not _comfortable(candidate, global_batch), *_preference(candidate, hardware))
+
+
+def _comfortable(candidate: Candidate, global_batch: int) -> bool:
+    return candidate.microbatch >= min(COMFORTABLE, global_batch)
+
+
+def _preference(wanted: Candidate | probe.Configuration, hardware: Hardware) -> tuple[int, int, bool]:
     order = [*default_precisions(hardware), *precision.PRECISIONS]
-    known = candidate.method in PREFERRED
+    known = wanted.method in PREFERRED
     return (
-        not candidate.fits,
-        candidate.microbatch < min(COMFORTABLE, global_batch),
-        PREFERRED.index(candidate.method) if known else -1,  # one's own method was asked for by name
-        order.index(candidate.precision),
-        candidate.checkpointing,
-        candidate.peak_bytes,
+        PREFERRED.index(wanted.method) if known else -1,  # one's own method was asked for by name
+        order.index(wanted.precision),
+        wanted.checkpointing,
     )
 
 
@@ -225,7 +234,7 @@ def _why(candidates: Sequence[Candidate], hardware: Hardware) -> str:
 
 
 def _trace_all(wanted: Sequence[probe.Configuration], progress: Callable[[int, int], None]) -> list[probe.Surface]:
-    """Traces run in processes of their own, one per core: a crash in one says which, and does not take the rest along."""
+    """Traces run in processes of their own, one per core: a crash in one says which, and leaves the rest alone."""
     progress(0, len(wanted))
     if len(wanted) == 1:
         found = [probe.surface(wanted[0])]
@@ -244,4 +253,3 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-

@@ -46,7 +46,11 @@ def plan_model(
     for setting in settings:
         recipes.assign(values, setting)
     if values.keys() - {"options"} or (values and method is None):
-        raise UsageError("plan: --set takes options of a method, with --method.", "", "For example: --method lora --set options.rank=16")
+        raise UsageError(
+            "plan: --set takes options of a method, with --method.",
+            "",
+            "For example: --method lora --set options.rank=16",
+        )
     implied = None
     if method is not None:
         implied = base.implied_precision(method)
@@ -54,7 +58,9 @@ def plan_model(
     config = backbone.config(source, trust_remote_code=trust_remote_code)
     most = backbone.positions(config)
     if tokens is not None and most is not None and tokens > most:
-        raise UsageError(f"{source.name} cannot read {tokens} tokens.", f"It has {most} positions.", f"Use --seq-len {most} or less.")
+        raise UsageError(
+            f"{source.name} cannot read {tokens} tokens.", f"It has {most} positions.", f"Use --seq-len {most} or less."
+        )
     at = precision or implied
     return plan(
         name=source.name,

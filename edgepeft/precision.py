@@ -1,4 +1,4 @@
-"""How the weights of a frozen backbone are stored: fp32, bf16, int8 or NF4. The only file that knows how they are packed."""
+"""How the weights of a frozen backbone are stored: fp32, bf16, int8 or NF4. Only this file knows how it packs them."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def emulating(*, bf16: bool) -> Iterator[None]:
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which tensors of ``dtype`` are best multiplied on ``device``.
 
-    Without native instructions a CPU multiplies bf16 at less than half the speed of fp32; casting one layer's operands at a
-    time costs little time and memory, while everything that is kept stays bf16.
+    Without native instructions a CPU multiplies bf16 at less than half the speed of fp32; casting one layer's operands
+    at a time costs little time and memory, while everything that is kept stays bf16.
     """
     if dtype is not torch.bfloat16:
         return dtype
@@ -91,8 +91,9 @@ class _FrozenMatmul(torch.autograd.Function):
 class StoredLinear(nn.Module):
     """A frozen linear layer, y = x Wᵀ + b, whose W (out, in) is kept in a form that is not multiplied with directly.
 
-    Only buffers and plain torch operations: bitsandbytes' own ``Linear4bit`` repacks its weights in evaluation mode on some
-    CPUs, after which gradients and merges are silently wrong, and its parameter class cannot be traced on fake tensors.
+    Only buffers and plain torch operations: bitsandbytes' own ``Linear4bit`` repacks its weights in evaluation mode on
+    some CPUs, after which gradients and merges are silently wrong, and its parameter class cannot be traced on fake
+    tensors.
     """
 
     bias: Tensor | None
@@ -116,7 +117,9 @@ class StoredLinear(nn.Module):
 
 
 class BF16Linear(StoredLinear):
-    """Plain bf16 weights on hardware that multiplies fp32 faster. T5 asks its ``wo`` for the dtype of its ``weight``."""
+    """Plain bf16 weights on hardware that multiplies fp32 faster. T5 asks its ``wo`` for the dtype of ``weight``."""
+
+    weight: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias)
@@ -128,6 +131,13 @@ class BF16Linear(StoredLinear):
 
 class NF4Linear(StoredLinear):
     """4-bit NormalFloat with double quantisation (QLoRA, arXiv 2305.14314): 0.516 bytes a weight."""
+
+    packed: Tensor
+    scale: Tensor
+    scale_offset: Tensor
+    scale_scale: Tensor
+    scale_code: Tensor
+    code: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias)
@@ -152,13 +162,13 @@ class NF4Linear(StoredLinear):
     def _allocate(self, weight: Tensor) -> None:
         """The same buffers by shape alone, for planning."""
         blocks = -(-weight.numel() // NF4_BLOCK)
-        byte, single = {"dtype": torch.uint8}, {"dtype": torch.float32}
-        self.register_buffer("packed", weight.new_empty((weight.numel() + 1) // 2, 1, **byte))
-        self.register_buffer("scale", weight.new_empty(blocks, **byte))
-        self.register_buffer("scale_offset", weight.new_empty((), **single))
-        self.register_buffer("scale_scale", weight.new_empty(-(-blocks // NF4_SCALE_BLOCK), **single))
-        self.register_buffer("scale_code", weight.new_empty(256, **single))
-        self.register_buffer("code", weight.new_empty(16, **single))
+        byte, single = torch.uint8, torch.float32
+        self.register_buffer("packed", weight.new_empty((weight.numel() + 1) // 2, 1, dtype=byte))
+        self.register_buffer("scale", weight.new_empty(blocks, dtype=byte))
+        self.register_buffer("scale_offset", weight.new_empty((), dtype=single))
+        self.register_buffer("scale_scale", weight.new_empty(-(-blocks // NF4_SCALE_BLOCK), dtype=single))
+        self.register_buffer("scale_code", weight.new_empty(256, dtype=single))
+        self.register_buffer("code", weight.new_empty(16, dtype=single))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
@@ -182,16 +192,23 @@ class NF4Linear(StoredLinear):
 class Int8Linear(StoredLinear):
     """8-bit integers with one scale per output row, as LLM.int8() stores them (arXiv 2208.07339): 1 byte a weight."""
 
+    packed: Tensor
+    largest: Tensor
+    """The largest magnitude of each row, (out,)."""
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias)
         if _is_shape_only(weight):
-            packed, largest = weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(weight.shape[0]).float()
+            packed, largest = (
+                weight.new_empty(weight.shape, dtype=torch.int8),
+                weight.new_empty(weight.shape[0]).float(),
+            )
         else:
             import bitsandbytes.functional as bnb
 
             packed, largest, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
         self.register_buffer("packed", packed)
-        self.register_buffer("largest", largest)  # the largest magnitude of each row, (out,)
+        self.register_buffer("largest", largest)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return self.packed.to(dtype).mul_((self.largest / 127).to(dtype)[:, None])
@@ -204,7 +221,7 @@ def pack(linear: nn.Linear, precision: str) -> StoredLinear:
 
 
 def pack_where(model: nn.Module, precision: str, wanted: Callable[[str], bool], device: str | None) -> None:
-    """Replace, in place and one at a time, every ``nn.Linear`` whose dotted name is ``wanted``, packing it on ``device``."""
+    """Replace, in place and one at a time, every ``nn.Linear`` whose name is ``wanted``; it is packed on ``device``."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and wanted(name):
             model.set_submodule(name, pack(module.to(device) if device else module, precision))
@@ -220,7 +237,7 @@ def store_frozen(model: nn.Module) -> None:
 
 
 def unpack(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace, in place, every stored layer by an ``nn.Linear`` with the very weights it multiplied with, cast to ``dtype``."""
+    """Replace, in place, every stored layer by an ``nn.Linear`` with the weights it multiplied with, in ``dtype``."""
     for name, module in list(model.named_modules()):
         if isinstance(module, StoredLinear):
             device = next(module.buffers()).device

@@ -62,7 +62,7 @@ def peaks(configuration: Configuration) -> dict[str, Peak]:
             model_config, task=configuration.task, at=configuration.precision, labels=configuration.labels
         )
         model: Any = backbone.model
-        own = {id(parameter) for parameter in model.parameters()}
+        own = {name for name, _ in model.named_parameters()}
         method = base.create(configuration.method, configuration.options)
         base.apply(method, backbone)
         model.train()
@@ -71,7 +71,7 @@ def peaks(configuration: Configuration) -> dict[str, Peak]:
         optimizer = method.optimizer(model, 1e-3, 0.0)
         clip = None if method.updates_in_backward else 1.0
         step = TrainingStep(model, optimizer, clip_norm=clip)
-        tracker.label_model(model, [p for p in model.parameters() if p.requires_grad and id(p) not in own])
+        tracker.label_model(model, [p for n, p in model.named_parameters() if p.requires_grad and n not in own])
         # The steady state: optimizer states exist, and with accumulation the gradients of earlier microbatches too.
         # Both are there after a backward pass and an update on any loss, so the cheapest one is taken.
         with tracker.phase("start"):
@@ -148,7 +148,7 @@ def depth(model: Mapping[str, Any]) -> int:
 
 def at_depth(model: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """The same model with fewer layers."""
-    fields = {name: layers if name in _DEPTHS and value else value for name, value in model.items()}
+    fields: dict[str, Any] = {name: layers if name in _DEPTHS and value else value for name, value in model.items()}
     if fields.get("layer_types"):
         fields["layer_types"] = list(fields["layer_types"])[:layers]
     return fields
@@ -156,7 +156,7 @@ def at_depth(model: Mapping[str, Any], layers: int) -> dict[str, Any]:
 
 def as_fields(config: PretrainedConfig) -> dict[str, Any]:
     """A configuration as plain data."""
-    return json.loads(config.to_json_string(use_diff=False))  # type: ignore[no-any-return]
+    return json.loads(config.to_json_string(use_diff=False))
 
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers")

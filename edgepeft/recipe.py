@@ -24,7 +24,7 @@ _POSITIVE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What ``edgepeft run`` does. Everything but ``model`` and ``data`` has a default; what is None is chosen by the plan."""
+    """What ``edgepeft run`` does. All but ``model`` and ``data`` has a default; what is None is chosen by the plan."""
 
     model: str
     """A folder, a GGUF file, a name of the catalogue or a hub id."""
@@ -105,7 +105,10 @@ class Recipe:
                 raise UsageError(f"recipe: {name} = {getattr(self, name)} must not be negative.", "", "")
         if not 0 <= self.warmup < 1 or not 0 < self.validation_fraction < 1:
             raise UsageError("recipe: warmup and validation_fraction are shares between 0 and 1.", "", "")
-        for value, known in ((self.schedule, ("cosine", "linear")), *((v, ("fp32", "int8", "int4")) for v in self.variants)):
+        for value, known in (
+            (self.schedule, ("cosine", "linear")),
+            *((v, ("fp32", "int8", "int4")) for v in self.variants),
+        ):
             if value not in known:
                 raise UsageError(f"recipe: {value!r} is not known here.", "", nearest(value, known))
 
@@ -123,7 +126,10 @@ def create(values: Mapping[str, Any]) -> Recipe:
     for name in ("model", "data"):
         if name not in values:
             raise UsageError(f"recipe: {name} is missing.", "", f"Give --{name}, or {name} = ... in the recipe file.")
-    return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return Recipe(**fields)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -27,7 +27,10 @@ def inputs(batch: Batch) -> dict[str, Tensor]:
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy in nats, summed over the batch's targets. Token logits exist only at target positions, a chunk at a time."""
+    """Cross-entropy in nats, summed over the batch's targets.
+
+    Token logits exist only at target positions, a chunk at a time.
+    """
     if "labels" in batch:
         logits = model(**inputs(batch)).logits
         return F.cross_entropy(logits.float(), batch["labels"], reduction="sum")
@@ -46,7 +49,7 @@ def answer_states(model: nn.Module, batch: Batch) -> Tensor:
 
 @contextlib.contextmanager
 def _without_head(model: Any) -> Iterator[None]:
-    """Let the model return what its head would have read: families scale or normalise it differently before the head."""
+    """Let the model return what its head would have read: families scale or normalise that differently before it."""
     head, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
     head.forward = lambda hidden: hidden
     if softcap is not None:

@@ -51,7 +51,15 @@ def profiles(found: Sequence[Hardware]) -> None:
 
 def profile(each: Hardware) -> None:
     """Every number of one profile, with its source."""
-    table = Table("field", "value", "source", box=None, header_style="bold", title=f"{each.name}: {each.title}", title_justify="left")
+    table = Table(
+        "field",
+        "value",
+        "source",
+        box=None,
+        header_style="bold",
+        title=f"{each.name}: {each.title}",
+        title_justify="left",
+    )
     numbers: dict[str, Any] = {
         "memory_bytes": each.memory_bytes,
         "reserved_bytes": each.reserved_bytes,
@@ -109,7 +117,10 @@ def plan(found: Plan) -> None:
             style="bold" if number == found.choice else None if each.fits else "dim",
         )
     _screen.print(table)
-    _screen.print("Sizes in GiB, of tensors at the peak; the microbatch is the largest that fits (1 where none does).", style="dim")
+    _screen.print(
+        "Sizes in GiB, of tensors at the peak; the microbatch is the largest that fits (1 where none does).",
+        style="dim",
+    )
     if found.choice is not None:
         _screen.print(f"Choice: {found.why}", highlight=False)
 

@@ -91,19 +91,20 @@ class Tracker(TorchDispatchMode):
     def phase(self, name: str) -> Iterator[None]:
         """Attribute what happens inside to the phase ``name``; the last one of a name is kept."""
         self._phase = self.phases[name] = _Phase(list(self._uid_of.values()))
-        backward = Tensor.backward
+        tensor: Any = Tensor
+        backward = tensor.backward
 
         def marked(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             for uid in self._uid_of.values():
                 self._kind.setdefault(uid, "activations")
             backward(loss, *args, **kwargs)
 
-        Tensor.backward = marked  # type: ignore[method-assign]
+        tensor.backward = marked
         try:
             with self:
                 yield
         finally:
-            Tensor.backward = backward  # type: ignore[method-assign]
+            tensor.backward = backward
             self._phase = None
 
     def peaks(self) -> dict[str, Peak]:
@@ -168,5 +169,7 @@ def fake_device(*, cuda: bool) -> Iterator[Tracker]:
                 ...
         tracker.peaks()
     """
+    import bitsandbytes  # noqa: F401  # before: its tables are tensors, and must not be fake for the rest of the process
+
     with FakeTensorMode(), cuda_semantics.emulated() if cuda else contextlib.nullcontext():
         yield Tracker(cuda=cuda)

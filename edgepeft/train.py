@@ -1,4 +1,4 @@
-"""Training: microbatches to updates, evaluation, checkpoints, and an end that is the same however often it was interrupted."""
+"""Training: microbatches to updates, evaluation, checkpoints, and the same end however often it was interrupted."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def total_steps(recipe: Recipe, examples: int) -> int:
 
 
 def learning_rate(recipe: Recipe, highest: float, step: int, total: int) -> float:
-    """The rate of update ``step`` (from 1): a linear rise over the warm-up, then a cosine or linear fall towards zero."""
+    """The rate of update ``step`` (from 1): a linear rise over the warm-up, then a cosine or linear fall to zero."""
     warmup = math.ceil(recipe.warmup * total)
     if step <= warmup:
         return highest * step / warmup
@@ -181,11 +181,15 @@ class _Run:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} tokens/s  {task.fields[memory]:.2f} GiB"),
+            TextColumn(
+                "loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} tokens/s  {task.fields[memory]:.2f} GiB"
+            ),
             TimeRemainingColumn(),
         )
         with Progress(*columns) as bar:
-            shown = bar.add_task("train", total=self.total, completed=self.progress.step, loss=0.0, speed=0.0, memory=0.0)
+            shown = bar.add_task(
+                "train", total=self.total, completed=self.progress.step, loss=0.0, speed=0.0, memory=0.0
+            )
             for microbatches in self._remaining():
                 if self.recipe.patience is not None and self.progress.waited >= self.recipe.patience:
                     break
@@ -216,8 +220,10 @@ class _Run:
                     )
 
     def _remaining(self) -> Iterator[list[Batch]]:
-        """The microbatches of every update still to do. Their order follows from the recipe alone, so that a resumed run
-        sees what an uninterrupted one would have seen."""
+        """The microbatches of every update still to do.
+
+        Their order follows from the recipe alone, so that a resumed run sees what an uninterrupted one would have seen.
+        """
         size, epoch = self.recipe.microbatch, 0
         assert size is not None
         accumulation = self.recipe.global_batch // size

@@ -17,7 +17,12 @@ from edgepeft.recipe import Recipe
 # What may differ from one call to the next without making it another training run.
 _FREE = ("variants", "hardware", "trust_remote_code")
 
-_BEFORE_THE_PLAN = ("data", "plan.json", "ledger.json", "report.html")  # what a run may leave that stopped before it began
+_BEFORE_THE_PLAN = (
+    "data",
+    "plan.json",
+    "ledger.json",
+    "report.html",
+)  # what a run may leave that stopped before it began
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,11 @@ class Workspace:
     def _state(self) -> dict[str, str]:
         path = self.root / "state.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}  # type: ignore[no-any-return]
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         except ValueError as error:
-            raise EdgePeftError(f"{path} is damaged.", str(error), "Delete it; finished stages are then checked again.") from error
+            raise EdgePeftError(
+                f"{path} is damaged.", str(error), "Delete it; finished stages are then checked again."
+            ) from error
 
 
 def fingerprint(*parts: Any) -> str:
@@ -128,6 +135,8 @@ def fingerprint(*parts: Any) -> str:
 
 def training_inputs(recipe: Recipe) -> str:
     """A fingerprint of everything training depends on."""
-    fields = {entry.name: getattr(recipe, entry.name) for entry in dataclasses.fields(Recipe) if entry.name not in _FREE}
+    fields = {
+        entry.name: getattr(recipe, entry.name) for entry in dataclasses.fields(Recipe) if entry.name not in _FREE
+    }
     sources = [Path(name) for name in (recipe.data, recipe.validation, recipe.model) if name and Path(name).exists()]
     return fingerprint(fields, *sources)

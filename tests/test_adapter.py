@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -60,7 +61,7 @@ def test_an_adapter_moves_between_precisions(saved: Path, at: str) -> None:
         ("ln_tuning", {}, "10 tensors missing"),
     ],
 )
-def test_an_adapter_of_something_else(saved: Path, name: str, options: dict[str, object], part: str) -> None:
+def test_an_adapter_of_something_else(saved: Path, name: str, options: dict[str, Any], part: str) -> None:
     made, _ = tiny.adapted("bert", name, **options)
     before = {n: p.detach().clone() for n, p in adapter.trained(made.model).items()}
     with pytest.raises(EdgePeftError, match="does not belong to this model") as caught:

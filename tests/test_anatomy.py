@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import tiny
@@ -20,7 +21,9 @@ _MORE = {
     "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**_small(), pad_token_id=0)),
     "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**_small())),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_small())),
-    "roberta": lambda: transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**_small(), num_labels=3)),
+    "roberta": lambda: transformers.RobertaForSequenceClassification(
+        transformers.RobertaConfig(**_small(), num_labels=3)
+    ),
 }
 ALL = (*tiny.FAMILIES, *_MORE)
 
@@ -75,7 +78,7 @@ def test_the_output_layer_reads_values(family: str) -> None:
     model = _model(family)
     found = anatomy.find(model)
     value, output = found.blocks[0].linears["value"][0], found.blocks[0].linears["output"][0]
-    layer = model.get_submodule(value)
+    layer: Any = model.get_submodule(value)
     with torch.no_grad():
         rows = slice(-layer.out_features // 3, None) if family == "gpt2" else slice(None)
         layer.weight[rows] = 0
@@ -91,7 +94,7 @@ def test_the_output_layer_reads_values(family: str) -> None:
 
 @pytest.mark.parametrize("family", ALL)
 def test_norms_are_all_found(family: str) -> None:
-    """A norm is a module that holds one vector of the hidden size, or of a head, and perhaps a shift, and nothing else."""
+    """A norm holds one vector of the hidden size, or of a head, and perhaps a shift, and nothing else."""
     model = _model(family)
     found = anatomy.find(model)
     embeddings_and_linears = (nn.Embedding, nn.Linear)
@@ -134,7 +137,10 @@ def test_stacks_hold_the_blocks(family: str) -> None:
 
 def test_linears_are_listed_once_and_in_the_order_of_the_model() -> None:
     found = anatomy.find(_model("gpt2"))
-    assert found.linears(("query", "key", "value", "query")) == ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
+    assert found.linears(("query", "key", "value", "query")) == [
+        "transformer.h.0.attn.c_attn",
+        "transformer.h.1.attn.c_attn",
+    ]
     assert found.linears(("cross_query",)) == []
 
 

@@ -132,7 +132,7 @@ def test_gpt2_is_stored_transposed_as_transformers_does(tmp_path: Path) -> None:
 
 
 def test_labels_and_their_head() -> None:
-    """A head of another size starts anew, the same on the same seed; one of the right size is kept. Both are trained."""
+    """A head of another size starts anew, the same on the same seed; one of the right size stays. Both are trained."""
     source = backbone.resolve(str(tiny.folder("bert")))
 
     def load(labels: list[str], seed: int = 0) -> backbone.Backbone:
@@ -151,13 +151,15 @@ def test_labels_and_their_head() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_decoders_classify_at_the_last_token_before_padding(family: str) -> None:
-    made = backbone.load(backbone.resolve(str(tiny.folder(family))), task="classification", at="fp32", labels=["a", "b"])
+    source = backbone.resolve(str(tiny.folder(family)))
+    made = backbone.load(source, task="classification", at="fp32", labels=["a", "b"])
     assert made.fresh == {"score.weight"}
     padding = made.model.config.pad_token_id
     ids = torch.tensor([[5, 6, 7, padding, padding]])
     mask = torch.tensor([[1, 1, 1, 0, 0]])
     alone = made.model(input_ids=ids[:, :3]).logits
-    torch.testing.assert_close(made.model(input_ids=ids.repeat(2, 1), attention_mask=mask.repeat(2, 1)).logits[0], alone[0])
+    padded = made.model(input_ids=ids.repeat(2, 1), attention_mask=mask.repeat(2, 1)).logits
+    torch.testing.assert_close(padded[0], alone[0])
 
 
 @pytest.mark.parametrize(

@@ -58,12 +58,17 @@ def test_methods_as_json() -> None:
         (["run", "--model", MINILM, "--data", DATA, "--out", "out", "--set", "lrr=1"], ["no 'lrr'", "lr"]),
         (["run", "--model", MINILM, "--data", DATA, "--out", "out", "--seq-len", "600"], ["cannot read 600", "512"]),
         (["run", "--model", MINILM, "--data", DATA, "--out", "out", "--gpu", "a100-40gb"], ["no CUDA device"]),
-        (["run", "--model", MINILM, "--data", DATA, "--out", "out", "--method", "qlora", "--precision", "bf16"], ["means nf4"]),
+        (
+            ["run", "--model", MINILM, "--data", DATA, "--out", "out", "--method", "qlora", "--precision", "bf16"],
+            ["means nf4"],
+        ),
         (["merge", "nowhere"], ["no run in nowhere"]),
         (["infer", "nowhere", "text"], ["nowhere"]),
     ],
 )
-def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], parts: list[str]) -> None:
+def test_bad_input_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], parts: list[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     refused(edgepeft(*arguments), 2, *parts)
 

@@ -25,7 +25,8 @@ def test_events_are_on_disk_when_written(tmp_path: Path) -> None:
 def test_a_resumed_log_forgets_what_will_happen_again(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     log = events.EventLog(path)
-    for event, step in (("start", 0), ("step", 1), ("step", 2), ("evaluation", 2), ("checkpoint", 2), ("step", 3), ("end", 3)):
+    written = (("start", 0), ("step", 1), ("step", 2), ("evaluation", 2), ("checkpoint", 2), ("step", 3), ("end", 3))
+    for event, step in written:
         log.write(event, step)
     log.close()
     events.EventLog(path, resumed_at=2).close()

@@ -57,7 +57,7 @@ def test_a_layer_no_larger_than_the_rank_has_plain_adamw(shape: tuple[int, ...])
     torch.manual_seed(0)
     parameter = nn.Parameter(torch.randn(shape))
     copy = nn.Parameter(parameter.detach().clone())
-    galore = optimizer([parameter], rank=max(shape))
+    optimizer([parameter], rank=max(shape))
     adamw = torch.optim.AdamW([copy], lr=LR, weight_decay=DECAY if len(shape) > 1 else 0.0)
     for _ in range(5):
         gradient = torch.randn(shape)
@@ -152,8 +152,8 @@ def test_no_gradient_is_left_and_only_one_is_ever_alive(at: str) -> None:
     assert all(parameter.grad is None for parameter in parameters)
     assert trainer.update() is None
     assert not any(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
-    states = [value for state in trainer.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    assert {state.dtype for state in states} == {torch.float32}
+    states = (value for state in trainer.optimizer.state.values() for value in state.values())
+    assert {state.dtype for state in states if isinstance(state, Tensor)} == {torch.float32}
 
 
 def test_peak_memory_is_below_that_of_full_tuning_by_most_of_the_gradients() -> None:

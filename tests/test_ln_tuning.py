@@ -40,7 +40,8 @@ def test_small_updates_of_half_precision_are_not_lost() -> None:
     trainer = step.TrainingStep(made.model, method.optimizer(made.model, 1e-3, 0.0), clip_norm=None)
     trainer.backward([tiny.batch("llama")], 1e-3)
     trainer.update()
-    for name, parameter in adapter.trained(made.model).items():  # Adam's first update is the rate, whatever the gradient
+    # Adam's first update is the rate, whatever the gradient
+    for name, parameter in adapter.trained(made.model).items():
         moved = (parameter.detach() - before[name]).abs()
         torch.testing.assert_close(moved, torch.full_like(moved, 1e-3), rtol=2e-2, atol=0)
 

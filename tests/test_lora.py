@@ -58,8 +58,8 @@ def test_logits_gradients_and_merged_weights_are_those_of_peft(family: str, targ
     method.merge(ours)
     merged = theirs.merge_and_unload()
     for name in made.anatomy.linears(targets):
-        weight = merged.get_parameter(f"{name}.weight")
-        weight = weight.t() if family == "gpt2" else weight
+        stored = merged.get_parameter(f"{name}.weight")
+        weight = stored.t() if family == "gpt2" else stored
         torch.testing.assert_close(ours.get_parameter(f"{name}.weight"), weight, rtol=1e-5, atol=1e-5)
 
 

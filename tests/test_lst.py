@@ -128,7 +128,8 @@ def test_the_side_network_starts_as_a_pruned_backbone(at: str) -> None:
 
     read = sum(wide(f"mlp.{name}").abs().sum(0) for name in ("gate_proj", "up_proj"))
     first = dense.anatomy.blocks[0].path
-    read += sum(dense.model.get_submodule(f"{first}.mlp.{n}").weight.float().abs().sum(0) for n in ("gate_proj", "up_proj"))
+    layers = (dense.model.get_submodule(f"{first}.mlp.{name}") for name in ("gate_proj", "up_proj"))
+    read += sum(layer.weight.float().abs().sum(0) for layer in layers)
     assert set(features.tolist()) == set(read.topk(8).indices.tolist())
     query = rung.layer.self_attn.q_proj.weight.float()
     torch.testing.assert_close(query, wide("self_attn.q_proj")[::4][:, features], rtol=1e-2, atol=1e-2)
@@ -137,7 +138,8 @@ def test_the_side_network_starts_as_a_pruned_backbone(at: str) -> None:
     down, written = rung.layer.mlp.down_proj.weight.float(), wide("mlp.down_proj")
     inner = written.abs().sum(0).topk(16).indices.sort().values
     torch.testing.assert_close(down, written[features][:, inner], rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(rung.layer.mlp.up_proj.weight.float(), wide("mlp.up_proj")[inner][:, features], rtol=1e-2, atol=1e-2)
+    up = rung.layer.mlp.up_proj.weight.float()
+    torch.testing.assert_close(up, wide("mlp.up_proj")[inner][:, features], rtol=1e-2, atol=1e-2)
     norm = made.model.get_submodule(f"{block}.input_layernorm").weight
     assert torch.equal(rung.layer.input_layernorm.weight, norm[features])
 
@@ -167,9 +169,7 @@ def test_generation_with_a_cache_is_generation_without(family: str, at: str) -> 
     batch = tiny.batch(family, rows=2, lengths=(7, 7))
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     options |= {"attention_mask": batch["attention_mask"], "output_logits": True, "return_dict_in_generate": True}
-    cached, plain = (
-        made.model.generate(batch["input_ids"], use_cache=use, **options) for use in (True, False)
-    )
+    cached, plain = (made.model.generate(batch["input_ids"], use_cache=use, **options) for use in (True, False))
     assert torch.equal(cached.sequences, plain.sequences)
     for a, b in zip(cached.logits, plain.logits, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 if at == "fp32" else 0.2)

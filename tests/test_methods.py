@@ -1,5 +1,7 @@
-"""What every method must do on every family: train, survive saving, and merge or refuse to. A new method file is covered by
-being there."""
+"""What every method must do on every family: train, survive saving, and merge or refuse to.
+
+A new method file is covered by being there.
+"""
 
 from __future__ import annotations
 

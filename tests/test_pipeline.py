@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForSequenceClassification
+
 from edgepeft import ledger, pipeline
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.recipe import Recipe
 from edgepeft.runtime.device import Device
-from transformers import AutoModelForSequenceClassification
 
 ROOT = Path(__file__).parents[1]
 MODELS, DATA = ROOT / "models", ROOT / "data"
@@ -86,7 +87,11 @@ def test_the_same_command_again_does_nothing_anew(tuned: Path) -> None:
     said: list[str] = []
     pipeline.run(classifier(), tuned, say=said.append)
     assert {path: path.stat().st_mtime_ns for path in tuned.rglob("*.onnx*")} == before
-    assert [line for line in said if line.endswith("done before")] == ["train: done before", "merge: done before", "export: done before"]
+    assert [line for line in said if line.endswith("done before")] == [
+        "train: done before",
+        "merge: done before",
+        "export: done before",
+    ]
 
 
 def test_a_different_run_is_refused_and_nothing_is_lost(tuned: Path) -> None:

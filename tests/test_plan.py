@@ -6,13 +6,14 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaConfig, T5Config
+
 from edgepeft import backbone, hardware, plan, probe
 from edgepeft.cross_entropy import CHUNK_BYTES
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.methods import base
 from edgepeft.step import TrainingStep
 from edgepeft.trace import KINDS, Tracker
-from transformers import LlamaConfig, T5Config
 
 LLAMA = probe.as_fields(
     LlamaConfig(
@@ -66,7 +67,12 @@ def test_the_predicted_peak_is_what_real_tensors_take(method: str, precision: st
     ids = torch.randint(0, 512, (2, 32))
     mask = torch.ones_like(ids)
     mask[0, -1] = 0  # a mask without padding is skipped on real tensors
-    batch = {"input_ids": ids, "attention_mask": mask, "target_positions": torch.arange(64), "target_ids": ids.flatten()}
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "target_positions": torch.arange(64),
+        "target_ids": ids.flatten(),
+    }
     tracker = Tracker(cuda=False)
     tracker.label([*loaded.model.parameters(), *loaded.model.buffers()], "weights")
     for _ in range(2):
@@ -84,8 +90,8 @@ def test_extrapolated_depth_and_microbatch_agree_with_a_full_trace(model: dict[s
     wanted = configuration(method, "fp32", model=model, task=task, cuda=True)
     phase, extrapolated = probe.surface(wanted).at(6, 16)
     traced = probe.peaks(configuration(method, "fp32", model=model, task=task, cuda=True, microbatch=16))
-    # A peak is the largest of several moments, each affine in the microbatch: the line through two of its points lies above
-    # it in between and beyond, never below. The plan may be too careful by a little, not too hopeful.
+    # A peak is the largest of several moments, each affine in the microbatch: the line through two of its points lies
+    # above it in between and beyond, never below. The plan may be too careful by a little, not too hopeful.
     assert -0.01 < extrapolated.peak_bytes / traced[phase].peak_bytes - 1 < 0.06
 
 
@@ -169,3 +175,10 @@ def test_traces_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_usable_microbatch_divides_the_global_batch() -> None:
     assert [plan.usable_microbatch(largest, 12) for largest in (1, 5, 7, 12, 100)] == [1, 4, 6, 12, 12]
+
+
+def test_stopping_at_the_first_that_fits_chooses_the_same() -> None:
+    both = {"methods": ["lora", "ln_tuning"], "precisions": ["fp32", "nf4"], "checkpointing": None}
+    every, soon = small_plan(**both), small_plan(**both, first=True)
+    assert soon.chosen() == every.chosen()
+    assert len(soon.candidates) == 1 < len(every.candidates)

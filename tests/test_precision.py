@@ -148,7 +148,9 @@ def test_unpacking_keeps_weights_hooks_children_and_mode(at: str) -> None:
     assert type(plain) is nn.Linear and not plain.training and plain.delta is factor
     assert torch.equal(plain.weight, weight.float()) and not plain.weight.requires_grad
     assert packed.bias is not None and torch.equal(plain.bias, packed.bias.float())
-    torch.testing.assert_close(model(x.float()), before.float(), rtol=2e-2, atol=0.1)  # without the delta, several units off
+    torch.testing.assert_close(
+        model(x.float()), before.float(), rtol=2e-2, atol=0.1
+    )  # several units off without the delta
     assert seen == ["before", "after"] * 2
 
 
@@ -182,7 +184,9 @@ def test_every_family_runs_with_and_without_native_bf16(family: str, bf16: bool)
 def test_no_layer_of_bitsandbytes_is_in_a_model(family: str, at: str) -> None:
     made, _ = tiny.adapted(family, "lora", at)
     assert not [m for m in made.model.modules() if isinstance(m, (Linear4bit, Linear8bitLt))]
-    packed = {name for name, m in made.model.named_modules() if isinstance(m, (precision.NF4Linear, precision.Int8Linear))}
+    packed = {
+        name for name, m in made.model.named_modules() if isinstance(m, (precision.NF4Linear, precision.Int8Linear))
+    }
     roles = ("query", "key", "value", "output", "cross_query", "cross_key", "cross_value", "cross_output", "ffn_in")
     wanted = set(made.anatomy.linears(roles if family == "t5" else (*roles, "ffn_out")))
     assert packed == wanted, "all layers of the blocks, but T5's wo, and neither embeddings nor head"

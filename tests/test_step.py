@@ -103,7 +103,9 @@ def parts(batch: dict[str, Tensor], sizes: list[int], kind: str) -> list[dict[st
             if kind == "seq2seq":
                 owner = batch["target_positions"] // width
                 found.append(
-                    seq2seq_batch(inputs, [batch["target_ids"][owner == row].numpy() for row in rows], pad_id=0, start_id=0)
+                    seq2seq_batch(
+                        inputs, [batch["target_ids"][owner == row].numpy() for row in rows], pad_id=0, start_id=0
+                    )
                 )
             else:
                 answers = [torch.zeros(len(ids), dtype=torch.bool) for ids in inputs]

@@ -1,4 +1,4 @@
-"""Training: however often it is interrupted, it ends in the same bytes; and what cannot go on says why and loses nothing."""
+"""Training: however often interrupted, it ends in the same bytes; what cannot go on says why and loses nothing."""
 
 from __future__ import annotations
 
@@ -326,10 +326,16 @@ def test_every_example_is_seen_once_an_epoch(tmp_path: Path) -> None:
     [
         ({"microbatch": 3}, "A global batch of 4 cannot be made of microbatches of 3", "microbatch=1"),
         ({"method": "galore", "options": {"rank": 4}}, "galore cannot accumulate", "global_batch to the microbatch, 2"),
-        ({"method": "lst", "options": {"reduction": 4}, "checkpointing": True}, "lst gains nothing", "checkpointing=false"),
+        (
+            {"method": "lst", "options": {"reduction": 4}, "checkpointing": True},
+            "lst gains nothing",
+            "checkpointing=false",
+        ),
     ],
 )
-def test_what_cannot_be_trained_is_refused_first(changes: dict[str, Any], fact: str, remedy: str, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_is_refused_first(
+    changes: dict[str, Any], fact: str, remedy: str, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError) as caught:
         training.run(training.written("causal-lm", **changes), tmp_path / "run")
     assert fact in caught.value.fact and remedy in caught.value.remedy

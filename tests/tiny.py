@@ -1,4 +1,4 @@
-"""Tiny real models of every family, with random weights and batches: what methods, training and tracing are tested on."""
+"""Tiny real models of every family, with random weights and batches, to test methods, training and tracing on."""
 
 from __future__ import annotations
 
@@ -138,8 +138,10 @@ def model(family: str, **changes: Any) -> PreTrainedModel:
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Give every parameter values of ordinary size: libraries start biases, scales and deltas at zero or one, which hides
-    whether they are used at all."""
+    """Give every parameter values of ordinary size.
+
+    Libraries start biases, scales and deltas at zero or one, which hides whether they are used at all.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -184,8 +186,10 @@ def adapted(family: str, name: str, at: str = "fp32", **options: Any) -> tuple[B
 
 
 def batch(kind: str, rows: int = 4, *, seed: int = 0, lengths: tuple[int, int] = (5, 12)) -> dict[str, torch.Tensor]:
-    """A padded batch for a task, or a family's task, made by the collators of ``edgepeft.data``. No padding if both lengths
-    are the same."""
+    """A padded batch for a task, or a family's task, made by the collators of ``edgepeft.data``.
+
+    There is no padding if both lengths are the same.
+    """
     kind = task(kind) if kind in _FAMILIES else kind
     random = np.random.default_rng(seed)
 

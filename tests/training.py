@@ -79,7 +79,7 @@ def prepared(chosen: Recipe, cache_folder: Path) -> tuple[Backbone, base.Method,
     """What ``train`` needs."""
     place = backbone.resolve(chosen.model)
     tokens = backbone.tokenizer(place)
-    assert chosen.task and chosen.method and chosen.precision
+    assert chosen.task and chosen.method and chosen.precision and chosen.max_tokens
     read = data.load(chosen.data, tokenizer=tokens, cache=cache_folder, task=chosen.task, max_tokens=chosen.max_tokens)
     labels = read.labels if chosen.task == "classification" else None
     made = backbone.load(place, task=chosen.task, at=chosen.precision, labels=labels, seed=chosen.seed)
@@ -112,7 +112,7 @@ def run_until_killed(chosen: Recipe, out: Path, passes: int) -> None:
 
 
 def run_until_killed_while_writing(chosen: Recipe, out: Path, renames: int) -> None:
-    """Train, and die without warning just before the rename that would make a file or folder visible, after ``renames``."""
+    """Train, and die without warning, after ``renames``, just before the next would make a file or folder visible."""
     rename, count = os.replace, iter(range(10**9))
 
     def dying(source: Any, target: Any) -> None:

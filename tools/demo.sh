@@ -9,6 +9,7 @@ echo "== real data and model"
 python tools/data.py
 python tools/models.py smollm2-135m-instruct
 echo "== plan, train, merge, export, package"
-edgepeft run --model models/smollm2-135m-instruct --data data/sentiment-prompts --out runs/demo "$@"
+edgepeft run --model models/smollm2-135m-instruct --data data/sentiment-prompts --out runs/demo --seq-len 128 \
+  --set max_steps=24 --set evaluations=2 --set validation_limit=48 "$@"
 echo "== an answer from the device folder, without torch"
 edgepeft infer runs/demo/device $'Review: A warm, funny film that never outstays its welcome.\nSentiment:'

@@ -131,18 +131,30 @@ def _translate(program: ExportedProgram, examples: tuple[Tensor, ...], axes: lis
 
 def _tidy(program: ExportedProgram) -> bool:
     """Drop or rename the operators of a trace that have no translation; say whether it is free of in-place changes."""
-    for node in list(program.graph.nodes):
+    graph = program.graph
+    for node in list(graph.nodes):
         if node.target in _ASSERTIONS:
-            program.graph.erase_node(node)
-        elif node.target in _COPIES:
+            graph.erase_node(node)
+        elif node.target in _COPIES or (node.target is aten.dropout.default and node.args[2] is False):
             node.replace_all_uses_with(_as_dtype(node.args[0], node))
-            program.graph.erase_node(node)
+            graph.erase_node(node)
         elif node.target in _SYNONYMS:
             node.target = _SYNONYMS[node.target]
         elif node.target in _IN_PLACE and _is_unshared(node.args[0]):
             node.target = _IN_PLACE[node.target]
-    program.graph.eliminate_dead_code()
-    return not any(_schema(node) is not None and _schema(node).is_mutable for node in program.graph.nodes)
+        elif node.target is aten.rsub.Scalar and len(node.args) == 2:
+            with graph.inserting_before(node):
+                negative = graph.call_function(aten.neg.default, (node.args[0],))
+            negative.meta = dict(node.args[0].meta)
+            node.target, node.args = aten.add.Scalar, (negative, node.args[1])
+    # To torch, attention and dropout are impure for their randomness; in evaluation there is none.
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _changes_input(node))
+    return not any(map(_changes_input, graph.nodes))
+
+
+def _changes_input(node: Node) -> bool:
+    schema = _schema(node)
+    return schema is not None and schema.is_mutable
 
 
 def _as_dtype(source: Node, node: Node) -> Node:

@@ -82,7 +82,10 @@ class Method(ABC):
         selection.fold(model)
 
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """AdamW (arXiv 1711.05101) over what is trained, without decay on vectors; fused, so that updates need no temporaries."""
+        """AdamW (arXiv 1711.05101) over what is trained, without decay on vectors.
+
+        It is fused, so that updates need no temporaries.
+        """
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},

@@ -104,8 +104,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
 def range_basis(gradient: Tensor, rank: int, iterations: int = 2) -> Tensor:
     """An orthonormal basis (short side, rank) close to the span of the gradient's leading singular vectors.
 
-    A randomised range finder with power iterations (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4): a full SVD
-    of one 2048 × 8192 layer takes minutes on a CPU.
+    A randomised range finder with power iterations (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4):
+    a full SVD of one 2048 × 8192 layer takes minutes on a CPU.
 
     Args:
         gradient: (m, n), fp32.

@@ -15,7 +15,9 @@ from edgepeft.placements import selection
 class LNTuning(Method):
     """Train the weights and biases of every LayerNorm or RMSNorm; they are then part of the model, at no cost."""
 
-    paper = Paper("Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language Models", 2022, "2211.08682")
+    paper = Paper(
+        "Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language Models", 2022, "2211.08682"
+    )
     kind = "selective"
     learning_rate = 2e-3
 

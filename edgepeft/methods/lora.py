@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +14,20 @@ from edgepeft.anatomy import ROLES, Anatomy
 from edgepeft.errors import UsageError, nearest
 from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import delta, selection
+from edgepeft.precision import StoredLinear
 
 
 class LowRank(delta.Delta):
     """x → scale · x Aᵀ Bᵀ with A (rank, in) and B (out, rank), kept in fp32 and cast to the dtype of x when used.
 
-    Casting the two small factors instead of x keeps gradients and updates exact and the saved activations half the size.
+    Casting the two small factors instead of x keeps gradients and updates exact and halves the saved activations.
     """
 
-    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float) -> None:
+    def __init__(self, linear: nn.Linear | StoredLinear, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
         device = next(iter([*linear.parameters(), *linear.buffers()])).device
-        self.a = nn.Parameter(torch.empty(rank, linear.in_features, device=device))  # type: ignore[arg-type]
-        self.b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))  # type: ignore[arg-type]
+        self.a = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
+        self.b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         self.scale = scale
         self.dropout = dropout
@@ -73,7 +75,7 @@ class LoRA(Method):
                 f"It has {', '.join(sorted({role for block in anatomy.blocks for role in block.linears}))}.",
             )
         for name in names:
-            linear = model.get_submodule(name)
+            linear: Any = model.get_submodule(name)
             delta.attach(linear, LowRank(linear, self.rank, self.alpha / self.rank, self.dropout))
 
     def merge(self, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Ladder Side-Tuning: a narrow network beside a frozen backbone, so that nothing is backpropagated through the backbone."""
+"""Ladder Side-Tuning: a narrow network beside a frozen backbone, through which nothing is backpropagated."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from edgepeft.precision import StoredLinear
 
 @dataclass(frozen=True, kw_only=True)
 class LST(Method):
-    """The backbone may be packed and runs without a graph; the side network starts as a pruned copy of it and adds nothing at first.
+    """A side network that starts as a pruned copy of the backbone and adds nothing at first.
 
-    Not in the paper: its state is added to the backbone's last hidden states through a zero-initialised projection, so that
-    training starts exactly at the backbone, also where there is no generation head to share (classifiers).
+    The backbone may be packed and runs without a graph.
+
+    Not in the paper: the side state is added to the backbone's last hidden states through a zero-initialised
+    projection, so that training starts exactly at the backbone, also where there is no generation head to share
+    (classifiers).
     """
 
     paper = Paper("LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", 2022, "2206.06522")
@@ -48,10 +51,10 @@ class LST(Method):
             owner: Any = model.get_submodule(anatomy.stacks[number].owner)
             self._build(model, owner.config if "config" in vars(owner) else config, blocks, kept[number], kept[0])
             if number + 1 < len(stacks):
-                rails = model.get_submodule(blocks[0].path).get_submodule("entry").ladder
+                entry: Any = model.get_submodule(f"{blocks[0].path}.entry")
                 norm = next(m for m in owner.children() if is_norm(m))
                 like = next(norm.parameters())
-                ladder.bridge(norm, ladder.Bridge(rails, _norm(len(kept[number]), like)))
+                ladder.bridge(norm, ladder.Bridge(entry.ladder, _norm(len(kept[number]), like)))
         selection.train(model, [name for name, p in model.named_parameters() if id(p) not in before])
 
     def merge(self, model: nn.Module) -> None:
@@ -67,7 +70,8 @@ class LST(Method):
         hidden = _width(model, stacks[0][0])
         output: Any = model.get_submodule(stacks[0][0].linears["output"][0])
         head = output.in_features // config.num_attention_heads
-        frequencies = [len(m.inv_freq) for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
+        rotary = (getattr(module, "inv_freq", None) for module in model.modules())
+        frequencies = [len(inverse) for inverse in rotary if isinstance(inverse, Tensor)]
         divided = math.gcd(hidden, head, *frequencies)
         if self.reduction < 4 or divided % self.reduction:
             fitting = [str(number) for number in range(4, divided + 1) if divided % number == 0]
@@ -79,7 +83,8 @@ class LST(Method):
             )
 
     def _build(self, model: nn.Module, config: Any, blocks: list[Block], features: Tensor, source: Tensor) -> None:
-        """One ladder beside one stack. ``features``: the backbone's hidden features it starts with; ``source``: the encoder's."""
+        """One ladder beside one stack, from its hidden ``features`` and the encoder's, ``source``."""
+        whole: Any = model.config
         rails = ladder.Ladder()
         wanted = max(1, round(len(blocks) * self.layers))
         chosen = [(number + 1) * len(blocks) // wanted - 1 for number in range(wanted)]
@@ -91,7 +96,8 @@ class LST(Method):
         for number, block in enumerate(blocks):
             layer = model.get_submodule(block.path)
             if "cross_query" in block.linears:
-                ladder.split_widening(layer, rails, model.get_submodule(block.linears["cross_key"][0]).in_features)
+                key: Any = model.get_submodule(block.linears["cross_key"][0])
+                ladder.split_widening(layer, rails, key.in_features)
             if number not in chosen:
                 continue
             side = ladder.narrow_layer(layer, config, self.reduction, number, reference)
@@ -100,7 +106,7 @@ class LST(Method):
             rung = ladder.Rung(rails, side, _selecting(width, features, place), self.reduction, order)
             top = None
             if number == chosen[-1]:
-                if block.stack == 0 and "cross_query" not in block.linears and model.config.is_encoder_decoder:
+                if block.stack == 0 and "cross_query" not in block.linears and whole.is_encoder_decoder:
                     pass  # an encoder hands its side states to the decoder's ladder instead
                 else:
                     up = nn.Linear(len(features), width, bias=False, **place)
@@ -110,7 +116,9 @@ class LST(Method):
 
 
 def _width(model: nn.Module, block: Block) -> int:
-    return model.get_submodule(block.linears["ffn_in"][0]).in_features  # type: ignore[return-value]
+    linear: Any = model.get_submodule(block.linears["ffn_in"][0])
+    width: int = linear.in_features
+    return width
 
 
 def _norm(width: int, like: Tensor) -> nn.LayerNorm:
@@ -128,7 +136,11 @@ def _selecting(width: int, features: Tensor, place: dict[str, Any]) -> nn.Linear
 
 
 def _weight(linear: nn.Module) -> Tensor:
-    return linear.dequantize(torch.float32) if isinstance(linear, StoredLinear) else linear.weight.detach().float()
+    if isinstance(linear, StoredLinear):
+        return linear.dequantize(torch.float32)
+    plain: Any = linear
+    weight: Tensor = plain.weight
+    return weight.detach().float()
 
 
 def _largest(importance: Tensor, count: int) -> Tensor:
@@ -145,14 +157,16 @@ def _important_features(model: nn.Module, blocks: list[Block], reduction: int) -
 def _prune(layer: nn.Module, side: nn.Module, block: Block, features: Tensor, source: Tensor, stride: int) -> None:
     """Copy into ``side`` the part of ``layer`` that belongs to its features.
 
-    Hidden features are ``features`` (the encoder's, ``source``, where cross-attention reads); feed-forward features those
-    written with the largest weights; of each head every stride-th dimension, which keeps rotary frequencies what they were.
+    Hidden features are ``features`` (the encoder's, ``source``, where cross-attention reads); feed-forward features are
+    those written with the largest weights; of each head it is every stride-th dimension, which keeps rotary frequencies
+    what they were.
     """
     local = {name.removeprefix(f"{block.path}."): role for role, names in block.linears.items() for name in names}
     out = _weight(layer.get_submodule(block.linears["ffn_out"][0].removeprefix(f"{block.path}.")))
     inner = _largest(out.abs().sum(0), out.shape[1] // stride)
     for name, role in local.items():
-        wide, narrow = layer.get_submodule(name), side.get_submodule(name)
+        wide: Any = layer.get_submodule(name)
+        narrow: Any = side.get_submodule(name)
         weight = _weight(wide)
         rows = {"ffn_in": inner}.get(role, features if role.endswith(("output", "ffn_out")) else None)
         columns = {"ffn_out": inner, "cross_key": source, "cross_value": source}.get(role, features)

@@ -24,7 +24,7 @@ class Delta(nn.Module):
 
 
 def attach(linear: nn.Module, delta: Delta) -> None:
-    """Hang ``delta`` on a linear layer, packed or plain, as its child ``delta``; the layer keeps its name and weight."""
+    """Hang ``delta`` on a linear layer, packed or plain, as its child ``delta``; the layer keeps name and weight."""
     linear.add_module(CHILD, delta)
     linear.register_forward_hook(_add)
 

@@ -1,4 +1,4 @@
-"""A side network that climbs beside a frozen stack: it reads the stack's layers and never sends a gradient into them."""
+"""A side network that climbs beside a frozen stack: it reads the stack's layers and sends no gradient into them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,18 @@ from edgepeft.backbone import linearize
 
 CHILD = "rung"
 # What each family calls its widths: hidden, feed-forward, one attention head. Heads stay as many as they were.
-_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "intermediate_size", "d_ff", "n_inner", "hidden_dim", "head_dim", "d_kv")
+_WIDTHS = (
+    "hidden_size",
+    "d_model",
+    "n_embd",
+    "dim",
+    "intermediate_size",
+    "d_ff",
+    "n_inner",
+    "hidden_dim",
+    "head_dim",
+    "d_kv",
+)
 
 
 class Ladder:
@@ -41,9 +52,10 @@ class Entry(nn.Module):
 
 
 class Rung(nn.Module):
-    """One side layer: s ← layer(g · s + (1 − g) · down(h)) with g = sigmoid(gate / temperature), h the backbone layer's output.
+    """One side layer: s ← layer(g · s + (1 − g) · down(h)) with g = sigmoid(gate / temperature).
 
-    From LST (arXiv 2206.06522), section 3.2; the temperature of 0.1 is that of the authors' code.
+    Here h is the backbone layer's output. From LST (arXiv 2206.06522), section 3.2; the temperature of 0.1 is that of
+    the authors' code.
 
     Args:
         layer: a narrow layer of the backbone's own kind.
@@ -66,6 +78,7 @@ class Rung(nn.Module):
     def forward(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The next side state, from the backbone layer's output (batch, tokens, hidden) and its own arguments."""
         gate = torch.sigmoid(self.gate / self.temperature)
+        assert self.ladder.state is not None, "the ladder was entered"
         mixed = gate * self.ladder.state + (1 - gate) * self.down(hidden)
         if arguments.get("position_embeddings") is not None:
             # Every stride-th rotary frequency of the wide head is exactly the frequencies of the narrow head.
@@ -91,7 +104,7 @@ class Top(nn.Module):
 
 
 class Bridge(nn.Module):
-    """From an encoder's ladder to its decoder's: the side states ride behind the encoder's hidden states, widening them."""
+    """From an encoder's ladder to its decoder's: side states ride behind the encoder's hidden states, widening them."""
 
     def __init__(self, ladder: Ladder, norm: nn.LayerNorm) -> None:
         super().__init__()
@@ -140,7 +153,7 @@ def bridge(final_norm: nn.Module, link: Bridge) -> None:
 
 
 def split_widening(layer: nn.Module, ladder: Ladder, width: int) -> None:
-    """Let a backbone decoder layer see only the first ``width`` features of widened encoder states; the ladder gets the rest."""
+    """Show a backbone decoder layer the first ``width`` features of widened encoder states, the ladder the rest."""
     layer.widening = (ladder, width)  # type: ignore[assignment]
     layer.register_forward_pre_hook(_narrow_encoder_states, with_kwargs=True)
 
@@ -191,11 +204,17 @@ def _narrow_encoder_states(layer: nn.Module, args: tuple[Any, ...], kwargs: dict
 
 
 def _make_room(cache: Any, beside: int, index: int) -> None:
-    """A cache made for the backbone's layers has none for the side layers behind them; each needs one of its wide layer's
-    kind, as they share a mask."""
+    """Give a cache made for the backbone's layers room for the side layers behind them.
+
+    Each needs one of its wide layer's kind, as they share a mask.
+    """
     from transformers import DynamicCache, EncoderDecoderCache
 
-    parts = (cache.self_attention_cache, cache.cross_attention_cache) if isinstance(cache, EncoderDecoderCache) else (cache,)
+    parts = (
+        (cache.self_attention_cache, cache.cross_attention_cache)
+        if isinstance(cache, EncoderDecoderCache)
+        else (cache,)
+    )
     for part in parts:
         while len(part.layers) <= index:
             window = getattr(part.layers[beside], "sliding_window", None) if len(part.layers) == index else None

@@ -12,7 +12,10 @@ _PARAMETRIZED = ".parametrizations."
 
 
 class _Master(nn.Module):
-    """Keeps a half-precision parameter in fp32 and hands out its cast: an update of 1e-3 to a bf16 weight of 1 rounds to nothing."""
+    """Keeps a half-precision parameter in fp32 and hands out its cast.
+
+    Without it an update of 1e-3 to a bf16 weight of 1 rounds to nothing.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
