@@ -152,11 +152,16 @@ def load(
     device: str = "cpu",
     labels: Sequence[str] | None = None,
     seed: int = 0,
+    padding: int | None = None,
     trust_remote_code: bool = False,
 ) -> Backbone:
     """Load a model for ``task`` at precision ``at``, frozen, on ``device``.
 
     The seed decides what a classifier head that the checkpoint lacks starts as.
+
+    Args:
+        padding: the token that batches are padded with. A decoder classifies at the last token before it, and its
+            configuration may name another one than its tokenizer.
 
     Raises:
         UsageError: the model cannot be had, has no such task, or is of an unknown architecture.
@@ -177,6 +182,8 @@ def load(
         model, info = loader.from_pretrained(source.location, output_loading_info=True, **options)
     if source.gguf:
         model = _without_gguf_traces(model, dtype)
+    if padding is not None and task == "classification" and default_task(model.config) == "causal-lm":
+        model.config.pad_token_id = padding
     missing, misshapen = set(info["missing_keys"]), {name for name, *_ in info["mismatched_keys"]}
     made = _prepare(model, task, at, device, missing | misshapen | _head_parameters(model, task))
     if task == "classification":  # the checkpoint of a language model has no head, and may have no pooler

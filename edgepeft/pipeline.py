@@ -16,6 +16,7 @@ from edgepeft import merge as merging
 from edgepeft import recipe as recipes
 from edgepeft import train as training
 from edgepeft.backbone import Backbone, Source
+from edgepeft.data.tokens import pad_id
 from edgepeft.errors import UsageError
 from edgepeft.evaluate import evaluate
 from edgepeft.files import size_bytes, write_json
@@ -237,6 +238,7 @@ class _Job:
             device=self.hardware.kind,
             labels=self.data.labels or None,
             seed=self.recipe.seed,
+            padding=pad_id(self.tokenizer),
             trust_remote_code=self.recipe.trust_remote_code,
         )
 

@@ -77,9 +77,9 @@ def peaks(configuration: Configuration) -> dict[str, Peak]:
         with tracker.phase("start"):
             _touch(step)
             step.update()
+            tracker.label_optimizer(optimizer)
             if configuration.accumulates and not method.updates_in_backward:
                 _touch(step)
-        tracker.label_optimizer(optimizer)
         batch = _batch(configuration)
         with tracker.phase("forward+backward"):
             step.backward([batch], 1e-3)

@@ -150,11 +150,13 @@ def test_labels_and_their_head() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_decoders_classify_at_the_last_token_before_padding(family: str) -> None:
+@pytest.mark.parametrize("given", [None, 9])
+def test_decoders_classify_at_the_last_token_before_padding(family: str, given: int | None) -> None:
+    """GPT-2's configuration names no padding, and a tokenizer's may be another than that of the configuration."""
     source = backbone.resolve(str(tiny.folder(family)))
-    made = backbone.load(source, task="classification", at="fp32", labels=["a", "b"])
+    made = backbone.load(source, task="classification", at="fp32", labels=["a", "b"], padding=given)
     assert made.fresh == {"score.weight"}
-    padding = made.model.config.pad_token_id
+    padding = made.model.config.pad_token_id if given is None else given
     ids = torch.tensor([[5, 6, 7, padding, padding]])
     mask = torch.tensor([[1, 1, 1, 0, 0]])
     alone = made.model(input_ids=ids[:, :3]).logits

@@ -20,13 +20,14 @@ from edgepeft.merge import relative_difference, to_full_precision
 from edgepeft.methods import base
 from edgepeft.methods.base import Method, NotMergeable
 
-UPDATES = 15
+UPDATES = 12
 CASES = [
     (family, name, at)
     for name in base.names()
     for family in tiny.FAMILIES
     for at in ("fp32", "nf4")
     if not (base.find(name).writes_backbone and precision.is_packed(at))
+    if at == "fp32" or family in ("llama", "gpt2", "bert", "t5")
 ]
 
 

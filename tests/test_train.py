@@ -23,6 +23,7 @@ from edgepeft import train as trainer
 from edgepeft.adapter import TENSORS
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.evaluate import evaluate
+from edgepeft.files import remove_leftovers
 from edgepeft.recipe import Recipe
 
 # Children are forked from a server that has imported everything, not from this process with its threads.
@@ -366,3 +367,15 @@ def test_checkpoints_hold_no_pickle(tmp_path: Path) -> None:
     assert newest is not None and {path.name for path in newest.iterdir()} == {"state.json", "state.safetensors"}
     assert json.loads((newest / "state.json").read_text())["progress"]["step"] == 1
     assert "random/torch" in load_file(newest / "state.safetensors")
+
+
+def test_leftovers_of_killed_writes_are_cleared(tmp_path: Path) -> None:
+    """Of files and of folders, at any depth; what is whole stays."""
+    for name in (".adapter.17.part", "checkpoints/.best.17.old"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "half").touch()
+    (tmp_path / "run" / ".events.jsonl.17.part").touch()
+    (tmp_path / "run" / "report.html").touch()
+    remove_leftovers(tmp_path / "run")
+    left = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")}
+    assert left == {"report.html", "checkpoints"}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import errno
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +95,13 @@ def write(graph: Graph, path: Path) -> None:
 
 def save(model: ir.Model, path: Path) -> None:
     """Write a graph to ``path`` and its weights to ``<path>.data``, each at an address that vector loads like."""
-    ir.save(model, path, external_data=f"{path.name}.data", alignment=64, align_threshold=0)
+    try:
+        ir.save(model, path, external_data=f"{path.name}.data", alignment=64, align_threshold=0)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # numpy's tofile does not say why it stopped writing; the disk is full.
+        raise OSError(errno.ENOSPC, str(error)) from error
 
 
 def _trace(module: nn.Module, examples: tuple[Tensor, ...], axes: list[Axes]) -> ExportedProgram:
@@ -213,12 +221,12 @@ def _name(model: ir.Model) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings from the user; errors are raised and stay."""
-    logger = logging.getLogger("torch.onnx")
+    """Keep the exporter's warnings and printed graphs from the user; what fails is raised."""
+    logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

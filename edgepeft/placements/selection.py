@@ -52,9 +52,7 @@ def fold(model: nn.Module) -> None:
         if parametrize.is_parametrized(module):
             for leaf, chain in list(module.parametrizations.items()):  # type: ignore[union-attr, operator]
                 if isinstance(chain[0], _Master):
-                    master = chain.original.detach()
-                    parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
-                    setattr(module, leaf, nn.Parameter(master, requires_grad=True))
+                    parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
 
 
 def canonical(name: str) -> str:

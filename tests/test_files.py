@@ -1,0 +1,61 @@
+"""Files are whole or absent, and a full disk is said to be full."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from edgepeft import files
+from edgepeft.errors import EdgePeftError
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "card.json"
+    files.write_text(path, "old")
+    with pytest.raises(RuntimeError), files.atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_folder_leaves_what_was_there(tmp_path: Path) -> None:
+    folder = tmp_path / "device"
+    with files.atomic_directory(folder) as temporary:
+        (temporary / "a").write_text("old")
+    with pytest.raises(RuntimeError), files.atomic_directory(folder) as temporary:
+        (temporary / "a").write_text("half")
+        raise RuntimeError
+    assert (folder / "a").read_text() == "old" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "device"
+    for name in ("old", "new"):
+        with files.atomic_directory(folder) as temporary:
+            (temporary / name).write_text(name)
+    assert [path.name for path in folder.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the kernel has no device that is always full")
+def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "adapter" / "tensors"
+    files.write_text(path, "old")
+    with pytest.raises(EdgePeftError) as caught, files.atomic_file(path), Path("/dev/full").open("w") as full:
+        full.write("new")
+    assert "disk is full" in caught.value.fact and str(path) in caught.value.fact
+    assert "run the same command again" in caught.value.remedy
+    assert path.read_text() == "old"
+
+
+def test_other_trouble_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError), files.refusing_full_disk(tmp_path):
+        tmp_path.open("w")
+
+
+def test_sizes_and_hashes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b").write_bytes(b"1234")
+    assert files.size_bytes(tmp_path) == 7 and files.size_bytes(tmp_path / "a") == 3
+    # FIPS 180-2, appendix B.1
+    assert files.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
