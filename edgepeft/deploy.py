@@ -15,7 +15,7 @@ from edgepeft.backbone import positions
 from edgepeft.data import Data
 from edgepeft.errors import EdgePeftError
 from edgepeft.evaluate import evaluate, sample_logits
-from edgepeft.export import onnx, parity, quantize
+from edgepeft.export import genai, onnx, parity, quantize
 from edgepeft.export.package import package
 from edgepeft.files import size_bytes
 from edgepeft.ledger import Row
@@ -44,9 +44,7 @@ def deploy(
     """
     model.eval()
     gate = _Gate(model, recipe, data, space)
-    say("export: making the fp32 graph")
-    onnx.export(model, data.task, space.onnx / "fp32")
-    row = gate.measure("fp32")
+    row = _fp32(model, data, space, gate, say)
     ledger.record(space.ledger, row)
     say(f"export: onnx-fp32: {_described(row)}")
     if not row.kept:
@@ -77,6 +75,23 @@ def deploy(
     )
     say(f"device: {space.device} holds the {best} graph, {size_bytes(space.device) / 2**20:.0f} MiB")
     return space.device
+
+
+def _fp32(model: Any, data: Data, space: Workspace, gate: _Gate, say: Callable[[str], None]) -> Row:
+    """The fp32 graph: from ONNX Runtime GenAI's builder where it can be had and passes the gate, else traced here."""
+    if data.task == "causal-lm" and space.merged.exists() and genai.buildable(space.merged):
+        say("export: building the fp32 graph with ONNX Runtime GenAI")
+        try:
+            genai.build(space.merged, space.onnx / "fp32")
+            row = gate.measure("fp32")
+            if row.kept:
+                return row
+            say(f"export: that graph is refused: {row.note}")
+        except EdgePeftError as error:
+            say(f"export: {error.fact} {error.cause}")
+    say("export: tracing the fp32 graph")
+    onnx.export(model, data.task, space.onnx / "fp32")
+    return gate.measure("fp32")
 
 
 def choose(rows: dict[str, Row]) -> str:

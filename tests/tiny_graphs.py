@@ -39,9 +39,18 @@ def task(name: str) -> str:
     return tiny.task(name.partition("+")[0])
 
 
-@cache
 def exported(name: str, variant: str = "fp32") -> Path:
     """The folder of a model's graphs. Read only: tests share it."""
+    return _exported(name, variant)
+
+
+def graphs(name: str, variant: str = "fp32") -> dict[str, Graph]:
+    return _graphs(name, variant)
+
+
+# A cache tells f("t5") from f("t5", "fp32"); so these two have no defaults.
+@cache
+def _exported(name: str, variant: str) -> Path:
     target = _folder() / name / variant
     if variant == "fp32":
         export(model(name), task(name), target)
@@ -51,8 +60,8 @@ def exported(name: str, variant: str = "fp32") -> Path:
 
 
 @cache
-def graphs(name: str, variant: str = "fp32") -> dict[str, Graph]:
-    return open_graphs(exported(name, variant), task(name), threads=1)
+def _graphs(name: str, variant: str) -> dict[str, Graph]:
+    return open_graphs(_exported(name, variant), task(name), threads=1)
 
 
 def structure(name: str, graph: str, variant: str = "fp32") -> onnx.GraphProto:
