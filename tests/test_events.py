@@ -71,6 +71,6 @@ def test_no_log_no_events(tmp_path: Path) -> None:
 def test_memory_grows_with_what_is_held() -> None:
     cpu = torch.device("cpu")
     before = events.memory_bytes(cpu)
-    held = torch.ones(64 << 20, dtype=torch.uint8)
-    assert events.memory_bytes(cpu) - before > 48 << 20
+    held = torch.ones(512 << 20, dtype=torch.uint8)  # far more than the system may take from an idle process meanwhile
+    assert events.memory_bytes(cpu) - before > 256 << 20
     del held
