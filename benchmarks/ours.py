@@ -27,7 +27,13 @@ def main() -> None:
     base.apply(method, loaded)
     model = loaded.model.train()
     lr = job.LEARNING_RATE[given.method]
-    step = TrainingStep(model, method.optimizer(model, lr, 0.0), clip_norm=job.CLIP_NORM)
+    step = TrainingStep(
+        model,
+        method.optimizer(model, lr, 0.0),
+        clip_norm=job.CLIP_NORM,
+        penalty=method.penalty,
+        after_update=method.after_update,
+    )
     watch = measure.chosen(given.trace)
     losses = []
     for batch in _batches(given.steps):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from edgepeft import __version__
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.files import atomic_directory, write_json
-from edgepeft.methods.base import Method
+from edgepeft.methods.base import Method, state
 from edgepeft.placements.selection import canonical
 
 TENSORS, CARD = "adapter.safetensors", "adapter.json"
@@ -55,7 +55,7 @@ def card(method: Method, *, model: str, task: str, precision: str, labels: tuple
 
 def save(directory: Path, model: nn.Module, what: Card) -> None:
     """Write the adapter of ``model`` as a folder, whole or not at all."""
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained(model).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state(model).items()}
     with atomic_directory(directory) as folder:
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         write_json(folder / CARD, asdict(what))
@@ -83,7 +83,7 @@ def load(directory: Path, model: nn.Module) -> None:
     Raises:
         EdgePeftError: the file is damaged, or belongs to another backbone or method; all differences are named.
     """
-    copy_into(trained(model), read_tensors(directory / TENSORS), str(directory))
+    copy_into(state(model), read_tensors(directory / TENSORS), str(directory))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def copy_into(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], where: str) -> None:
+def copy_into(parameters: dict[str, Tensor], tensors: dict[str, Tensor], where: str) -> None:
     """Copy ``tensors`` into ``parameters`` of the same names.
 
     Raises:

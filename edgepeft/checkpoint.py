@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from edgepeft import adapter
 from edgepeft.errors import EdgePeftError
 from edgepeft.files import atomic_directory, sha256, write_json
+from edgepeft.methods.base import state
 
 STATE, TENSORS = "state.json", "state.safetensors"
 KEEP = 2  # the newest, and one before it in case the newest is damaged
@@ -29,7 +30,8 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progr
     """
     parameters = adapter.trained(model)
     names = {id(parameter): name for name, parameter in parameters.items()}
-    tensors = {f"parameter/{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
+    own = state(model, transient=True)
+    tensors = {f"parameter/{name}": tensor.detach().cpu().contiguous() for name, tensor in own.items()}
     scalars: dict[str, Any] = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
@@ -44,13 +46,13 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progr
     target = folder / f"step-{progress['step']:08d}"
     with atomic_directory(target) as temporary:
         save_file(tensors, temporary / TENSORS)
-        state = {
+        plain = {
             "progress": progress,
             "optimizer": scalars,
             "random": _plain_random_states(),
             "sha256": sha256(temporary / TENSORS),
         }
-        write_json(temporary / STATE, state)
+        write_json(temporary / STATE, plain)
     for old in _all(folder)[:-KEEP]:
         shutil.rmtree(old)
     return target
@@ -61,6 +63,11 @@ def newest(folder: Path) -> Path | None:
     return next(reversed(_all(folder)), None)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The update after which a checkpoint was made."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put parameters, optimizer and random states back as they were, and return the progress.
 
@@ -68,8 +75,8 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         EdgePeftError: the checkpoint is damaged, or of another model.
     """
     try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        whole = state["sha256"] == sha256(checkpoint / TENSORS)
+        plain = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        whole = plain["sha256"] == sha256(checkpoint / TENSORS)
     except (OSError, ValueError, KeyError):
         whole = False
     if not whole:
@@ -82,8 +89,8 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     tensors = adapter.read_tensors(checkpoint / TENSORS)
     parameters = adapter.trained(model)
     own = {name.removeprefix("parameter/"): t for name, t in tensors.items() if name.startswith("parameter/")}
-    adapter.copy_into(parameters, own, str(checkpoint))
-    for where, value in [*tensors.items(), *state["optimizer"].items()]:
+    adapter.copy_into(state(model, transient=True), own, str(checkpoint))
+    for where, value in [*tensors.items(), *plain["optimizer"].items()]:
         if where.startswith("optimizer/"):
             name, _, key = where.removeprefix("optimizer/").rpartition("/")
             parameter = parameters[name]
@@ -91,8 +98,8 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
             if isinstance(value, Tensor):
                 value = value.to(parameter.device)
             optimizer.state[parameter][key] = value
-    _restore_random_states(tensors, state["random"])
-    progress: dict[str, Any] = state["progress"]
+    _restore_random_states(tensors, plain["random"])
+    progress: dict[str, Any] = plain["progress"]
     return progress
 
 

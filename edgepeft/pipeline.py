@@ -245,7 +245,7 @@ class _Job:
     def _trained(self, at: str) -> Backbone:
         """The backbone at a precision, with the trained adapter in it."""
         loaded = self._load(at)
-        base.apply(base.create(self._needs("method"), self.recipe.options), loaded)
+        base.complete(base.create(self._needs("method"), self.recipe.options), loaded)
         adapter.load(self.space.adapter, loaded.model)
         loaded.model.eval()
         return loaded

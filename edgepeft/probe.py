@@ -65,27 +65,38 @@ def peaks(configuration: Configuration) -> dict[str, Peak]:
         own = {name for name, _ in model.named_parameters()}
         method = base.create(configuration.method, configuration.options)
         base.apply(method, backbone)
-        model.train()
         if configuration.checkpointing:
             model.activation_checkpointing_enable()
-        optimizer = method.optimizer(model, 1e-3, 0.0)
-        clip = None if method.updates_in_backward else 1.0
-        step = TrainingStep(model, optimizer, clip_norm=clip)
-        tracker.label_model(model, [p for n, p in model.named_parameters() if p.requires_grad and n not in own])
-        # The steady state: optimizer states exist, and with accumulation the gradients of earlier microbatches too.
-        # Both are there after a backward pass and an update on any loss, so the cheapest one is taken.
-        with tracker.phase("start"):
-            _touch(step)
-            step.update()
-            tracker.label_optimizer(optimizer)
-            if configuration.accumulates and not method.updates_in_backward:
+        stages = method.stages()
+        for number, stage in enumerate(stages):
+            if number:
+                base.begin(method, backbone, number)
+            model.train()
+            optimizer = stage.optimizer(model, 1e-3, 0.0)
+            step = TrainingStep(
+                model,
+                optimizer,
+                clip_norm=None if method.updates_in_backward else 1.0,
+                penalty=method.penalty,
+                after_update=method.after_update,
+            )
+            tracker.label_model(model, [p for n, p in model.named_parameters() if p.requires_grad and n not in own])
+            # The steady state: optimizer states exist, and with accumulation the gradients of earlier microbatches
+            # too. Both are there after a backward pass and an update on any loss, so the cheapest one is taken.
+            with tracker.phase(_UNCOUNTED):
                 _touch(step)
-        batch = _batch(configuration)
-        with tracker.phase("forward+backward"):
-            step.backward([batch], 1e-3)
-        with tracker.phase("update"):
-            step.update()
-    return {name: peak for name, peak in tracker.peaks().items() if name != "start"}
+                step.update(0.5)
+                tracker.label_optimizer(optimizer)
+                if configuration.accumulates and not method.updates_in_backward and not stage.one_by_one:
+                    _touch(step)
+            prefix = f"{stage.name}: " if len(stages) > 1 else ""
+            batch = _batch(replace(configuration, microbatch=1) if stage.one_by_one else configuration)
+            with tracker.phase(f"{prefix}forward+backward"):
+                step.backward([batch], 1e-3)
+            with tracker.phase(f"{prefix}update"):
+                step.update(0.5)
+            del optimizer, step, batch
+    return {name: peak for name, peak in tracker.peaks().items() if name != _UNCOUNTED}
 
 
 @dataclass(frozen=True)
@@ -158,6 +169,8 @@ def as_fields(config: PretrainedConfig) -> dict[str, Any]:
     """A configuration as plain data."""
     return json.loads(config.to_json_string(use_diff=False))
 
+
+_UNCOUNTED = "start"
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers")
 

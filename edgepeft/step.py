@@ -26,18 +26,26 @@ def inputs(batch: Batch) -> dict[str, Tensor]:
     return {name: batch[name] for name in names if name in batch}
 
 
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy in nats, summed over the batch's targets.
+def outputs(model: nn.Module, batch: Batch) -> Tensor:
+    """What the loss is computed from: a classifier's logits (batch, labels), or ``answer_states``."""
+    return model(**inputs(batch)).logits if "labels" in batch else answer_states(model, batch)
+
+
+def loss_of(model: nn.Module, batch: Batch, found: Tensor) -> Tensor:
+    """Cross-entropy in nats of ``outputs``, summed over the batch's targets.
 
     Token logits exist only at target positions, a chunk at a time.
     """
     if "labels" in batch:
-        logits = model(**inputs(batch)).logits
-        return F.cross_entropy(logits.float(), batch["labels"], reduction="sum")
-    hidden = answer_states(model, batch)
+        return F.cross_entropy(found.float(), batch["labels"], reduction="sum")
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     softcap = getattr(model.config, "final_logit_softcapping", None)
-    return linear_cross_entropy(hidden, head.weight, head.bias, batch["target_ids"], softcap)
+    return linear_cross_entropy(found, head.weight, head.bias, batch["target_ids"], softcap)
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy in nats, summed over the batch's targets."""
+    return loss_of(model, batch, outputs(model, batch))
 
 
 def answer_states(model: nn.Module, batch: Batch) -> Tensor:
@@ -68,6 +76,7 @@ class TrainingStep:
     Args:
         clip_norm: largest global norm of the gradients; None where gradients are gone by the end of backward.
         backward: runs backward on a loss (accelerate's in training); the loss's own when not given.
+        penalty, after_update: those of the method (``methods.base.Method``).
     """
 
     def __init__(
@@ -77,31 +86,45 @@ class TrainingStep:
         *,
         clip_norm: float | None,
         backward: Callable[[Tensor], None] | None = None,
+        penalty: Callable[[nn.Module, Batch, Tensor], Tensor | None] = lambda model, batch, found: None,
+        after_update: Callable[[nn.Module, float], None] = lambda model, progress: None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.clip_norm = clip_norm
+        self.penalty, self.after_update = penalty, after_update
         self.run_backward = backward or (lambda loss: loss.backward())
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def backward(self, microbatches: Sequence[Batch], lr: float) -> Tensor:
-        """Leave the gradients of the mean loss in place and return that loss, a scalar on the device."""
+        """Leave the gradients of the mean loss, and of the penalty, in place and return that loss, a scalar."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         count = sum(targets(batch).numel() for batch in microbatches)
         device = self.trained[0].device
         total = torch.zeros((), device=device)
         for batch in microbatches:
-            loss = loss_sum(self.model, {name: value.to(device) for name, value in batch.items()}) / count
-            self.run_backward(loss)
+            batch = {name: value.to(device) for name, value in batch.items()}
+            found = outputs(self.model, batch)
+            loss = loss_of(self.model, batch, found) / count
             total += loss.detach()
+            extra = self.penalty(self.model, batch, found)
+            del found  # backward frees what it has used only if nothing else holds it
+            if extra is not None:
+                loss = loss + extra * (targets(batch).numel() / count)
+            self.run_backward(loss)
         return total
 
-    def update(self) -> Tensor | None:
-        """Apply the gradients and free them. Returns their norm before clipping."""
+    def update(self, progress: float = 1.0) -> Tensor | None:
+        """Apply the gradients and free them. Returns their norm before clipping.
+
+        Args:
+            progress: the share of all updates that are done after this one.
+        """
         norm = None
         if self.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
         self.optimizer.step()
+        self.after_update(self.model, progress)
         self.optimizer.zero_grad(set_to_none=True)
         return norm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 import time
@@ -22,7 +23,8 @@ from edgepeft.data import Data
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.evaluate import better, evaluate
 from edgepeft.files import remove_leftovers
-from edgepeft.methods.base import Method
+from edgepeft.methods import base
+from edgepeft.methods.base import Method, Stage
 from edgepeft.recipe import Recipe
 from edgepeft.step import Batch, TrainingStep
 from edgepeft.trace import Tracker
@@ -69,6 +71,30 @@ def total_steps(recipe: Recipe, examples: int) -> int:
     assert recipe.microbatch is not None
     steps = math.ceil(recipe.epochs * steps_per_epoch(examples, recipe.microbatch, recipe.global_batch))
     return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
+
+
+@dataclass(frozen=True)
+class Leg:
+    """The updates ``first`` to ``last`` (from 1) of a run, which belong to one stage of its method."""
+
+    stage: Stage
+    first: int
+    last: int
+
+
+def legs(recipe: Recipe, method: Method, examples: int) -> list[Leg]:
+    """The stages of a run's method, in order, each with its updates: a share of the run's, or its own number."""
+    stages, found, done = method.stages(), [], 0
+    shared, total = sum(stage.share for stage in stages if stage.updates is None), total_steps(recipe, examples)
+    used = 0.0
+    for stage in stages:
+        if stage.updates is not None:
+            updates = stage.updates
+        else:
+            before, used = used, used + stage.share
+            updates = max(1, round(total * used / shared) - round(total * before / shared))
+        found.append(Leg(stage, done + 1, done := done + updates))
+    return found
 
 
 def learning_rate(recipe: Recipe, highest: float, step: int, total: int) -> float:
@@ -134,10 +160,10 @@ class _Run:
             cpu=self.device.type == "cpu", log_with="tensorboard", project_dir=str(out / "tensorboard")
         )
         self.rate = recipe.lr if recipe.lr is not None else method.learning_rate
-        optimizer = method.optimizer(self.model, self.rate, recipe.weight_decay)
-        clip = None if method.updates_in_backward else recipe.clip_norm
-        self.step = TrainingStep(self.model, optimizer, clip_norm=clip, backward=self.accelerator.backward)
-        self.total = total_steps(recipe, len(data.train))
+        self.legs = legs(recipe, method, len(data.train))
+        self.leg = 0
+        self.step = self._step_of_leg()
+        self.total = self.legs[-1].last
         self.interval = max(1, math.ceil(self.total / recipe.evaluations))
         self.progress = _Progress()
         self.interrupted = False
@@ -159,6 +185,8 @@ class _Run:
         remove_leftovers(self.out)
         newest = checkpoint.newest(self.out / "checkpoints")
         if newest is not None:
+            while self.legs[self.leg].last < checkpoint.step_of(newest):
+                self._next_leg()
             self.progress = _Progress(**checkpoint.restore(newest, self.model, self.step.optimizer))
         log = events.EventLog(self.out / "events.jsonl", self.progress.step if newest else None)
         if newest is None:
@@ -191,6 +219,8 @@ class _Run:
                 "train", total=self.total, completed=self.progress.step, loss=0.0, speed=0.0, memory=0.0
             )
             for microbatches in self._remaining():
+                if self.progress.step == self.legs[self.leg].last:
+                    self._next_leg()
                 if self.recipe.patience is not None and self.progress.waited >= self.recipe.patience:
                     break
                 done = self._one(microbatches)
@@ -206,7 +236,8 @@ class _Run:
                 evaluated = self.progress.step % self.interval == 0 or self.progress.step == self.total
                 if evaluated:
                     self._evaluate(log)
-                if evaluated or self.interrupted or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                ended = self.progress.step == self.legs[self.leg].last
+                if evaluated or ended or self.interrupted or time.monotonic() - saved > CHECKPOINT_SECONDS:
                     checkpoint.save(
                         self.out / "checkpoints", self.model, self.step.optimizer, dict(vars(self.progress))
                     )
@@ -224,26 +255,46 @@ class _Run:
 
         Their order follows from the recipe alone, so that a resumed run sees what an uninterrupted one would have seen.
         """
-        size, epoch = self.recipe.microbatch, 0
-        assert size is not None
-        accumulation = self.recipe.global_batch // size
-        step = 0
-        while step < self.total:
-            order = self.data.train.microbatches(size, seed=self.recipe.seed, epoch=epoch, longest_first=epoch == 0)
-            for first in range(0, len(order), accumulation):
-                step += 1
-                if step > self.total:
-                    return
+        assert self.recipe.microbatch is not None
+        for number, leg in enumerate(self.legs):
+            size = 1 if leg.stage.one_by_one else self.recipe.microbatch
+            accumulation = 1 if leg.stage.one_by_one else self.recipe.global_batch // size
+            updates = self._updates(size, accumulation, self.recipe.seed + number)
+            for step, parts in zip(range(leg.first, leg.last + 1), updates, strict=False):
                 if step > self.progress.step:
-                    yield [_unpadded(self.data.train.collate(part)) for part in order[first : first + accumulation]]
-            epoch += 1
+                    yield [_unpadded(self.data.train.collate(part)) for part in parts]
+
+    def _updates(self, size: int, accumulation: int, seed: int) -> Iterator[list[list[int]]]:
+        """The examples of the microbatches of every update, epoch after epoch without end."""
+        for epoch in itertools.count():
+            order = self.data.train.microbatches(size, seed=seed, epoch=epoch, longest_first=epoch == 0)
+            for first in range(0, len(order), accumulation):
+                yield order[first : first + accumulation]
+
+    def _step_of_leg(self) -> TrainingStep:
+        """The training step of the current leg, whose stage has begun."""
+        return TrainingStep(
+            self.model,
+            self.legs[self.leg].stage.optimizer(self.model, self.rate, self.recipe.weight_decay),
+            clip_norm=None if self.method.updates_in_backward else self.recipe.clip_norm,
+            backward=self.accelerator.backward,
+            penalty=self.method.penalty,
+            after_update=self.method.after_update,
+        )
+
+    def _next_leg(self) -> None:
+        self.leg += 1
+        base.begin(self.method, self.backbone, self.leg)
+        self.model.train()
+        self.step = self._step_of_leg()
 
     def _one(self, microbatches: list[Batch]) -> dict[str, Any]:
         """One update, and what there is to say of it."""
         started = time.perf_counter()
         step = self.progress.step + 1
-        lr = learning_rate(self.recipe, self.rate, step, self.total)
-        if self.device.type == "cpu" and step <= MEASURED_STEPS:
+        leg = self.legs[self.leg]
+        lr = learning_rate(self.recipe, self.rate, step - leg.first + 1, leg.last - leg.first + 1)
+        if self.device.type == "cpu" and step < leg.first + MEASURED_STEPS:
             tracker = Tracker(cuda=False)
             tracker.label([*self.model.parameters(), *self.model.buffers()], "weights")
             for state in self.step.optimizer.state.values():
@@ -271,9 +322,10 @@ class _Run:
 
     def _update(self, microbatches: list[Batch], lr: float, step: int) -> tuple[float, float | None]:
         loss = self._finite(float(self.step.backward(microbatches, lr)), "loss", step)
-        if step == 1 and not self.method.updates_in_backward:
+        leg = self.legs[self.leg]
+        if step == leg.first and not self.method.updates_in_backward:
             _check_gradients(self.model)
-        norm = self.step.update()
+        norm = self.step.update((step - leg.first + 1) / (leg.last - leg.first + 1))
         return loss, None if norm is None else self._finite(float(norm), "gradient's norm", step)
 
     def _finite(self, value: float, what: str, step: int) -> float:
@@ -289,11 +341,12 @@ class _Run:
     def _evaluate(self, log: events.EventLog) -> None:
         metrics = evaluate(self.model, validation_batches(self.data, self.recipe))
         self._finite(metrics["loss"], "validation loss", self.progress.step)
-        best = better(self.backbone.task, metrics, self.progress.best)
+        last = self.leg == len(self.legs) - 1  # an adapter is what the last stage trains
+        best = last and better(self.backbone.task, metrics, self.progress.best)
         if best:
             adapter.save(self.out / "checkpoints" / "best", self.model, self.card)
             self.progress.best, self.progress.best_step, self.progress.waited = metrics, self.progress.step, 0
-        else:
+        elif last:
             self.progress.waited += 1
         log.write("evaluation", self.progress.step, metrics=metrics, best=best)
         self.accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=self.progress.step)

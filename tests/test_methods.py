@@ -34,13 +34,18 @@ CASES = [
 def train(model: nn.Module, method: Method, batch: step.Batch, updates: int) -> list[float]:
     """The losses of updates on one batch."""
     rate = 10 * method.learning_rate
-    clip = None if method.updates_in_backward else 1.0
-    trainer = step.TrainingStep(model, method.optimizer(model, rate, 0.0), clip_norm=clip)
+    trainer = step.TrainingStep(
+        model,
+        method.stages()[-1].optimizer(model, rate, 0.0),
+        clip_norm=None if method.updates_in_backward else 1.0,
+        penalty=method.penalty,
+        after_update=method.after_update,
+    )
     losses = []
     model.train()
     for _ in range(updates):
         losses.append(trainer.backward([batch], rate).item())
-        trainer.update()
+        trainer.update(len(losses) / updates)
     model.eval()
     return losses
 

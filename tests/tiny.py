@@ -179,9 +179,9 @@ def method(name: str, **options: Any) -> Method:
 
 
 def adapted(family: str, name: str, at: str = "fp32", **options: Any) -> tuple[Backbone, Method]:
-    """A backbone with a method in it."""
+    """A backbone with a method in it, all of whose stages have begun."""
     made, chosen = load(family, at), method(name, **options)
-    base.apply(chosen, made)
+    base.complete(chosen, made)
     return made, chosen
 
 

@@ -6,34 +6,64 @@ import dataclasses
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgepeft.anatomy import Anatomy
 from edgepeft.backbone import Backbone
 from edgepeft.errors import EdgePeftError, UsageError, nearest
 from edgepeft.placements import selection
-from edgepeft.precision import is_packed, store_frozen
+from edgepeft.precision import StoredLinear, is_packed, pack, store_frozen
 
 Kind = Literal["additive", "selective", "reparametrised", "hybrid"]
 
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a method is published."""
+    """Where a method is published: its arXiv number, or the proceedings where there is none."""
 
     title: str
     year: int
-    arxiv: str
+    arxiv: str = ""
+    venue: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.title} ({self.year}), {f'arXiv {self.arxiv}' if self.arxiv else self.venue}"
 
 
 class NotMergeable(EdgePeftError):
     """A method whose change cannot be folded into the backbone's weights."""
+
+
+def _as_it_is(model: nn.Module, anatomy: Anatomy) -> None:
+    """What most stages do at their beginning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of training with an optimizer and a learning-rate schedule of its own.
+
+    Attributes:
+        optimizer: makes the optimizer from model, learning rate and weight decay.
+        begin: changes the model, given its anatomy, before the stage's first update: freezes, selects, masks. It runs
+            on the model as the stage before left it; when a run is resumed or an adapter loaded, on a fresh one, whose
+            tensors are then replaced by the stored ones. So the shapes it makes must not depend on values.
+        share: the stage's part of the run's updates, relative to the other stages'.
+        updates: a number of updates on top of the run's, instead of a share.
+        one_by_one: every update sees a single example.
+    """
+
+    name: str
+    optimizer: Callable[[nn.Module, float, float], torch.optim.Optimizer]
+    begin: Callable[[nn.Module, Anatomy], None] = _as_it_is
+    share: float = 1.0
+    updates: int | None = None
+    one_by_one: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,21 +123,79 @@ class Method(ABC):
         ]
         return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
 
+    def stages(self) -> tuple[Stage, ...]:
+        """The parts of training, in order. What is trained after the last one began is what an adapter holds."""
+        return (Stage(name="train", optimizer=self.optimizer),)
+
+    def penalty(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Tensor) -> Tensor | None:
+        """A term added to the mean loss, a scalar with a graph; None for none.
+
+        Args:
+            batch: one microbatch, on the model's device.
+            outputs: what the loss was computed from, with its graph: a classifier's logits (batch, labels), or the
+                states (targets, hidden) that the head reads. ``step.outputs`` computes them anew.
+        """
+        return None
+
+    def after_update(self, model: nn.Module, progress: float) -> None:
+        """Called after each update, while its gradients are still there.
+
+        Args:
+            progress: the share of the stage's updates that are done, above 0 and up to 1.
+        """
+
+    def pack(self, linear: nn.Linear, at: str) -> StoredLinear:
+        """A packed copy of a linear layer of the backbone, made while it is loaded, before ``inject``."""
+        return pack(linear, at)
+
 
 def apply(method: Method, backbone: Backbone) -> None:
-    """Inject ``method``; parameters that the checkpoint did not have are trained with every method.
+    """Inject ``method`` and begin its first stage.
 
     Raises:
         UsageError: the method cannot work on this backbone.
     """
     method.check(backbone.precision)
-    method.inject(backbone.model, backbone.anatomy)
-    present = dict(backbone.model.named_parameters())
+    model: Any = backbone.model
+    model.backbone_tensors = frozenset(name for name, _ in [*model.named_parameters(), *model.named_buffers()])
+    method.inject(model, backbone.anatomy)
+    begin(method, backbone, 0)
+
+
+def begin(method: Method, backbone: Backbone, stage: int) -> None:
+    """Go on from the stage before to ``stage``; parameters that the checkpoint did not have are trained in each."""
+    model = backbone.model
+    method.stages()[stage].begin(model, backbone.anatomy)
+    present = dict(model.named_parameters())
     selection.train(
-        backbone.model,  # sorted: the order of a set differs from process to process, and with it that of the optimizer
+        model,  # sorted: the order of a set differs from process to process, and with it that of the optimizer
         (name for name in sorted(backbone.fresh) if name in present and not present[name].requires_grad),
     )
-    store_frozen(backbone.model)
+    store_frozen(model)
+
+
+def complete(method: Method, backbone: Backbone) -> None:
+    """Apply ``method`` and go through all its stages: the structure that a trained adapter belongs to."""
+    apply(method, backbone)
+    for stage in range(1, len(method.stages())):
+        begin(method, backbone, stage)
+
+
+def state(model: nn.Module, *, transient: bool = False) -> dict[str, Tensor]:
+    """What a method added to a model or changed in it: trained parameters and the buffers that it registered.
+
+    Args:
+        transient: with the buffers that only training needs, those registered with ``persistent=False``.
+    """
+    found: dict[str, Tensor] = {selection.canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
+    known: Any = model.backbone_tensors
+    for path, module in model.named_modules():
+        for leaf, buffer in module._buffers.items():
+            name = f"{path}.{leaf}" if path else leaf
+            kept = transient or leaf not in module._non_persistent_buffers_set
+            if buffer is not None and kept and name not in known:
+                found[name] = buffer
+    return found
 
 
 def names() -> list[str]:
@@ -206,7 +294,7 @@ def describe(method: type[Method]) -> dict[str, Any]:
         "name": name,
         "kind": method.kind,
         "merges": method.merges,
-        "paper": f"{method.paper.title} ({method.paper.year}), arXiv {method.paper.arxiv}",
+        "paper": str(method.paper),
         "summary": inspect.cleandoc(method.__doc__ or "").splitlines()[0],
         "aliases": dict(method.aliases),
         "learning_rate": method.learning_rate,
