@@ -173,9 +173,8 @@ def load(family: str, at: str = "fp32", *, seed: int = 0) -> Backbone:
 
 
 def method(name: str, **options: Any) -> Method:
-    """A method, with hyper-parameters that suit a width of 32."""
-    fitting: dict[str, dict[str, Any]] = {"lst": {"reduction": 4}, "galore": {"rank": 8, "period": 4}}
-    return base.create(name, fitting.get(name, {}) | options)
+    """A method, with the hyper-parameters it has for narrow models."""
+    return base.create(name, {**base.find(name).narrow, **options})
 
 
 def adapted(family: str, name: str, at: str = "fp32", **options: Any) -> tuple[Backbone, Method]:

@@ -78,6 +78,10 @@ class Method(ABC):
     updates_in_backward: ClassVar[bool] = False  # no gradient is left to accumulate or clip when backward ends
     aliases: ClassVar[Mapping[str, str]] = {}  # other names, each with the precision that it stands for
     learning_rate: ClassVar[float] = 1e-3  # where a search starts, as the paper or common practice has it
+    identity_at_start: ClassVar[bool] = True  # before the first update the model computes what the backbone does
+    saves: ClassVar[tuple[str, ...]] = ("disk", "memory")  # compared with full tuning, as the survey has it
+    overhead: ClassVar[str] = ""  # what a model that cannot be merged computes besides its backbone, in a few words
+    narrow: ClassVar[Mapping[str, Any]] = {}  # options for a width of 32, heads of 8: where defaults are too large
 
     @property
     def name(self) -> str:
@@ -294,6 +298,8 @@ def describe(method: type[Method]) -> dict[str, Any]:
         "name": name,
         "kind": method.kind,
         "merges": method.merges,
+        "saves": [*method.saves, *([] if method.backpropagates else ["backpropagation"])],
+        "overhead": method.overhead,
         "paper": str(method.paper),
         "summary": inspect.cleandoc(method.__doc__ or "").splitlines()[0],
         "aliases": dict(method.aliases),

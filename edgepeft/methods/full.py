@@ -16,6 +16,7 @@ class Full(Method):
 
     paper = Paper("Universal Language Model Fine-tuning for Text Classification", 2018, "1801.06146")
     kind = "selective"
+    saves = ()
     writes_backbone = True
     learning_rate = 5e-5
 

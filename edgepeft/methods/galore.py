@@ -19,6 +19,8 @@ class GaLore(Method):
 
     paper = Paper("GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", 2024, "2403.03507")
     kind = "reparametrised"
+    saves = ("memory",)
+    narrow = {"rank": 8, "period": 4}
     writes_backbone = True
     updates_in_backward = True
     learning_rate = 1e-4

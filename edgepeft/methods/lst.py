@@ -30,6 +30,8 @@ class LST(Method):
     paper = Paper("LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", 2022, "2206.06522")
     kind = "additive"
     merges = False
+    overhead = "a side network"
+    narrow = {"reduction": 4}
     backpropagates = False
     learning_rate = 2e-3
 
