@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,23 @@ ATTENTION = ("query", "key", "value", "output")
 FEED_FORWARD = ("ffn_in", "ffn_out")
 CROSS_ATTENTION = ("cross_query", "cross_key", "cross_value", "cross_output")
 ROLES = (*ATTENTION, *CROSS_ATTENTION, *FEED_FORWARD)
+SUB_LAYERS = {"attention": "query", "cross_attention": "cross_query", "feed_forward": "ffn_in"}  # and who reads them
+
+
+@dataclass(frozen=True)
+class SubLayer:
+    """What a layer computes between two values of its residual stream: stream ← stream + sub-layer(stream).
+
+    Attributes:
+        reader: dotted name of a linear layer that reads the sub-layer's input (normalised where the norm comes first).
+        output: dotted name of the module whose output is added to the stream, after projection, dropout and, in
+            Gemma 2, a norm of its own.
+        norm: dotted name of the norm of the sum where norms come after it (BERT); "" where they come before.
+    """
+
+    reader: str
+    output: str
+    norm: str
 
 
 @dataclass(frozen=True)
@@ -26,12 +43,14 @@ class Block:
         linears: for each role of ``ROLES`` that the layer has, the dotted names of its linear layers. A gated
             feed-forward has two under ``ffn_in``; a fused projection stands under each of its roles.
         norms: dotted names of the normalisations in the layer.
+        sub_layers: those of ``SUB_LAYERS`` that the layer has, in the order in which it computes them.
     """
 
     path: str
     stack: int
     linears: Mapping[str, tuple[str, ...]]
     norms: tuple[str, ...]
+    sub_layers: Mapping[str, SubLayer]
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,8 @@ class _Layout:
 
     stacks: tuple[str, ...]  # relative to the base model
     roles: tuple[Mapping[str, tuple[str, ...]], ...]  # one for each stack
+    outputs: tuple[Mapping[str, str], ...]  # of the sub-layers; one for each stack
+    norms: Mapping[str, str] = field(default_factory=dict)  # of their sums, where norms come after them
 
 
 def _attention(prefix: str, query: str, key: str, value: str, output: str) -> dict[str, tuple[str, ...]]:
@@ -89,6 +110,12 @@ _LLAMA = _Layout(
             "ffn_out": ("mlp.down_proj",),
         },
     ),
+    ({"attention": "self_attn.o_proj", "feed_forward": "mlp"},),
+)
+_GEMMA2 = _Layout(
+    _LLAMA.stacks,
+    _LLAMA.roles,
+    ({"attention": "post_attention_layernorm", "feed_forward": "post_feedforward_layernorm"},),
 )
 _PHI3 = _Layout(
     ("layers",),
@@ -99,6 +126,7 @@ _PHI3 = _Layout(
             "ffn_out": ("mlp.down_proj",),
         },
     ),
+    ({"attention": "resid_attn_dropout", "feed_forward": "resid_mlp_dropout"},),
 )
 _PHI = _Layout(
     ("layers",),
@@ -109,6 +137,7 @@ _PHI = _Layout(
             "ffn_out": ("mlp.fc2",),
         },
     ),
+    ({"attention": "self_attn.dense", "feed_forward": "mlp"},),
 )
 _GPT2 = _Layout(
     ("h",),
@@ -119,6 +148,7 @@ _GPT2 = _Layout(
             "ffn_out": ("mlp.c_proj",),
         },
     ),
+    ({"attention": "attn.resid_dropout", "feed_forward": "mlp.dropout"},),
 )
 _BERT = _Layout(
     ("encoder.layer",),
@@ -129,6 +159,8 @@ _BERT = _Layout(
             "ffn_out": ("output.dense",),
         },
     ),
+    ({"attention": "attention.output.dropout", "feed_forward": "output.dropout"},),
+    {"attention": "attention.output.LayerNorm", "feed_forward": "output.LayerNorm"},
 )
 _DISTILBERT = _Layout(
     ("transformer.layer",),
@@ -139,6 +171,8 @@ _DISTILBERT = _Layout(
             "ffn_out": ("ffn.lin2",),
         },
     ),
+    ({"attention": "attention.out_lin", "feed_forward": "ffn"},),
+    {"attention": "sa_layer_norm", "feed_forward": "output_layer_norm"},
 )
 _T5_SELF = _attention("layer.0.SelfAttention", "q", "k", "v", "o")
 _T5_CROSS = {f"cross_{r}": p for r, p in _attention("layer.1.EncDecAttention", "q", "k", "v", "o").items()}
@@ -153,11 +187,13 @@ def _t5_feed_forward(layer: int, gated: bool) -> dict[str, tuple[str, ...]]:
 def _t5(gated: bool) -> _Layout:
     encoder = {**_T5_SELF, **_t5_feed_forward(1, gated)}
     decoder = {**_T5_SELF, **_T5_CROSS, **_t5_feed_forward(2, gated)}
-    return _Layout(("encoder.block", "decoder.block"), (encoder, decoder))
+    outputs = {"attention": "layer.0.dropout", "feed_forward": "layer.1.dropout"}
+    crossed = {"attention": "layer.0.dropout", "cross_attention": "layer.1.dropout", "feed_forward": "layer.2.dropout"}
+    return _Layout(("encoder.block", "decoder.block"), (encoder, decoder), (outputs, crossed))
 
 
 # A model fits the first layout whose every name it has, so that new architectures of a known build need no entry.
-_LAYOUTS = (_LLAMA, _PHI3, _PHI, _GPT2, _BERT, _DISTILBERT, _t5(gated=False), _t5(gated=True))
+_LAYOUTS = (_GEMMA2, _LLAMA, _PHI3, _PHI, _GPT2, _BERT, _DISTILBERT, _t5(gated=False), _t5(gated=True))
 
 
 def find(model: nn.Module) -> Anatomy:
@@ -186,7 +222,15 @@ def find(model: nn.Module) -> Anatomy:
             path = f"{stack}.{number}"
             linears = {role: tuple(f"{prefix}{path}.{name}" for name in names) for role, names in roles.items()}
             norms = tuple(prefix + name for name in modules if name.startswith(f"{path}.") and is_norm(modules[name]))
-            blocks.append(Block(prefix + path, index, linears, norms))
+            sub_layers = {
+                kind: SubLayer(
+                    reader=linears[SUB_LAYERS[kind]][0],
+                    output=f"{prefix}{path}.{output}",
+                    norm=f"{prefix}{path}.{layout.norms[kind]}" if layout.norms else "",
+                )
+                for kind, output in layout.outputs[index].items()
+            }
+            blocks.append(Block(prefix + path, index, linears, norms, sub_layers))
     unembedding = _name_of(model, hub_model.get_output_embeddings())
     return Anatomy(
         stacks=tuple(Stack((prefix + s).rpartition(".")[0], prefix + s) for s in layout.stacks),
@@ -205,9 +249,8 @@ def is_norm(module: nn.Module) -> bool:
 def _fits(layout: _Layout, modules: Mapping[str, nn.Module]) -> bool:
     return all(
         f"{stack}.0.{name}" in modules
-        for stack, roles in zip(layout.stacks, layout.roles, strict=True)
-        for names in roles.values()
-        for name in names
+        for stack, roles, outputs in zip(layout.stacks, layout.roles, layout.outputs, strict=True)
+        for name in (*(name for names in roles.values() for name in names), *outputs.values(), *layout.norms.values())
     )
 
 

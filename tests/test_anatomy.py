@@ -20,7 +20,7 @@ GATED = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "mistral", "t5-gated")
 _MORE = {
     "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**_small(), pad_token_id=0)),
     "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**_small())),
-    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_small())),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_small(), num_key_value_heads=2)),
     "roberta": lambda: transformers.RobertaForSequenceClassification(
         transformers.RobertaConfig(**_small(), num_labels=3)
     ),
@@ -29,7 +29,7 @@ ALL = (*tiny.FAMILIES, *_MORE)
 
 
 def _small() -> dict[str, int]:
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32}
+    sizes = {"vocab_size": tiny.VOCABULARY, "hidden_size": 16, "intermediate_size": 32}
     return sizes | {"num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -90,6 +90,45 @@ def test_the_output_layer_reads_values(family: str) -> None:
     names = ("input_ids", "attention_mask", "decoder_input_ids")
     model(**{name: batch[name] for name in names if name in batch})
     assert not read[0].any()
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_sub_layers_are_what_is_added_to_the_stream(family: str) -> None:
+    """With the outputs of all of a layer's sub-layers given, the sums of its residual stream are known."""
+    model = _model(family)
+    found = anatomy.find(model)
+    generator = torch.Generator().manual_seed(0)
+    added: dict[str, torch.Tensor] = {}
+    sums: dict[str, torch.Tensor] = {}
+    streams: dict[str, list[torch.Tensor]] = {}
+
+    def replace(output: str, result: torch.Tensor) -> torch.Tensor:
+        added[output] = torch.randn(result.shape, generator=generator)
+        return added[output]
+
+    def note(path: str, inputs: Any, result: Any) -> None:
+        streams[path] = [inputs[0], result if isinstance(result, torch.Tensor) else result[0]]
+
+    for block in found.blocks:
+        assert list(block.sub_layers) == [kind for kind in anatomy.SUB_LAYERS if kind in block.sub_layers]
+        assert ("cross_attention" in block.sub_layers) == ("cross_query" in block.linears)
+        model.get_submodule(block.path).register_forward_hook(lambda m, i, out, p=block.path: note(p, i, out))
+        for part in block.sub_layers.values():
+            model.get_submodule(part.output).register_forward_hook(lambda m, i, out, n=part.output: replace(n, out))
+            if part.norm:
+                norm = model.get_submodule(part.norm)
+                norm.register_forward_hook(lambda m, i, out, n=part.norm: sums.update({n: i[0], f"{n} of": out}))
+    batch = tiny.batch(family)
+    names = ("input_ids", "attention_mask", "decoder_input_ids")
+    model(**{name: batch[name] for name in names if name in batch})
+    for block in found.blocks:
+        stream, after = streams[block.path]
+        for part in block.sub_layers.values():
+            stream = stream + added[part.output]
+            if part.norm:
+                torch.testing.assert_close(sums[part.norm], stream)
+                stream = sums[f"{part.norm} of"]
+        torch.testing.assert_close(after, stream)
 
 
 @pytest.mark.parametrize("family", ALL)
