@@ -13,6 +13,7 @@ from edgepeft import machine
 from edgepeft.errors import EdgePeftError, UsageError, nearest
 
 AUTO = "auto"
+OPERATIONS = ("matmul", "thin", "attention", "elementwise", "dequantize", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,17 @@ class Hardware:
     """Instruction sets of a CPU that matter for tensors, named as in /proc/cpuinfo."""
     devices: tuple[str, ...] = ()
     """Names under which the CUDA driver reports this device."""
+    reached: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """The share of the peak that kernels reach, by operation (see OPERATIONS): of FLOP/s in products and attention, of
+    bandwidth in the others. May exceed 1 where caches serve. Absent: what is usual for the kind of device."""
+    call_seconds: float | None = None
+    """Time that PyTorch takes to issue one operator; absent: what is usual."""
+    watts: float | None = None
+    """Power drawn while training."""
+    price: float | None = None
+    """US dollars an hour."""
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Where each number is from, by field; FLOP/s by dtype as "flops.bf16"."""
+    """Where each number is from, by field; of tables by entry, as "flops.bf16" or "reached.matmul"."""
 
     @property
     def available_bytes(self) -> int:
@@ -104,8 +114,14 @@ _RANGES: dict[str, tuple[float, float]] = {
     "reserved_bytes": (0, 2**43),
     "bandwidth": (1e8, 1e14),
     "cores": (1, 2**12),
+    "call_seconds": (1e-8, 1e-2),
+    "watts": (0.1, 1e5),
+    "price": (1e-4, 1e4),
 }
 _FLOPS_RANGE = (1e8, 1e17)
+_SHARE_RANGE = (1e-4, 50)
+_UNITS = {"bandwidth": "bytes per second", "cores": "cores", "watts": "watts", "price": "US dollars an hour"}
+_UNITS |= {"memory_bytes": "bytes", "reserved_bytes": "bytes", "call_seconds": "seconds"}
 _EXAMPLES = "The shipped profiles are examples to start from."
 
 
@@ -159,6 +175,10 @@ class _Reader:
             cores=self.whole("cores") if "cores" in self.table else None,
             instructions=self.texts("instructions") if "instructions" in self.table else (),
             devices=self.texts("devices") if "devices" in self.table else (),
+            reached=self.reached(),
+            call_seconds=self.optional("call_seconds"),
+            watts=self.optional("watts"),
+            price=self.optional("price"),
             sources=self.sources(),
         )
         for key in self.table:
@@ -192,7 +212,7 @@ class _Reader:
             raise self.error(key, "it is not a number")
         low, high = limits
         if not low <= value <= high:  # also refuses nan
-            unit = {"bandwidth": "bytes per second", "cores": "cores"}.get(key, "bytes" if "bytes" in key else "FLOP/s")
+            unit = _UNITS.get(key, "of the peak" if key.startswith("reached") else "FLOP/s")
             raise self.error(key, f"{str(value)[:20]} is out of range", f"It is between {low:g} and {high:g} {unit}.")
         return float(value)
 
@@ -211,17 +231,30 @@ class _Reader:
                 raise self.error(f"flops.{dtype}", "there is no such dtype", nearest(dtype, _DTYPES))
         return {dtype: self.number(f"flops.{dtype}", value, _FLOPS_RANGE) for dtype, value in table.items()}
 
+    def reached(self) -> dict[str, float]:
+        table = self.table.pop("reached", {})
+        if not isinstance(table, dict):
+            raise self.error("reached", "it is not a table", "For example: reached = { matmul = 0.8 }")
+        for operation in table:
+            if operation not in OPERATIONS:
+                raise self.error(f"reached.{operation}", "there is no such operation", nearest(operation, OPERATIONS))
+        return {name: self.number(f"reached.{name}", value, _SHARE_RANGE) for name, value in table.items()}
+
+    def optional(self, key: str) -> float | None:
+        return self.number(key, self.table.pop(key), _RANGES[key]) if key in self.table else None
+
     def sources(self) -> dict[str, str]:
         table = self.table.pop("sources", {})
         if not isinstance(table, dict):
             raise self.error("sources", "it is not a table")
-        flops = table.pop("flops", {})
-        if isinstance(flops, dict):  # TOML reads the dotted key flops.fp32 as a table of its own
-            table |= {f"flops.{dtype}": source for dtype, source in flops.items()}
+        for group in ("flops", "reached"):  # TOML reads the dotted key flops.fp32 as a table of its own
+            if isinstance(entries := table.pop(group, {}), dict):
+                table |= {f"{group}.{name}": source for name, source in entries.items()}
         for key, source in table.items():
             if not isinstance(source, str) or not source:
                 raise self.error(f"sources.{key}", "it is not a text")
-            if key not in {*_RANGES, "instructions", *(f"flops.{dtype}" for dtype in _DTYPES)}:
+            known = {*_RANGES, "instructions", *(f"flops.{dtype}" for dtype in _DTYPES)}
+            if key not in known | {f"reached.{operation}" for operation in OPERATIONS}:
                 raise self.error(f"sources.{key}", "there is no such number")
         return table
 

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from edgepeft import cuda_semantics
+from edgepeft.roofline import Work
+from edgepeft.work import Tally
 
 KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "temporaries")
 
@@ -34,6 +36,7 @@ class _Phase:
 
     held: list[int]
     events: list[int] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
 
 
 class Tracker(TorchDispatchMode):
@@ -61,6 +64,8 @@ class Tracker(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # more than half of all calls, and none allocates
             return args[0].fake_device
         result = func(*args, **(kwargs or {}))
+        if self._phase is not None:
+            self._phase.tally.add(func, args, kwargs or {}, result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._follow(leaf)
@@ -110,6 +115,10 @@ class Tracker(TorchDispatchMode):
     def peaks(self) -> dict[str, Peak]:
         """The peak of every phase."""
         return {name: self._peak(phase) for name, phase in self.phases.items()}
+
+    def work(self) -> dict[str, dict[str, Work]]:
+        """What every phase computed and moved, by class of operator."""
+        return {name: phase.tally.work() for name, phase in self.phases.items()}
 
     def _peak(self, phase: _Phase) -> Peak:
         now = sum(self._bytes[uid] for uid in phase.held)

@@ -18,9 +18,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {"errors", "files", "hardware", "machine", "precision", "catalog", "chat"},
-    {"backbone", "anatomy", "data", "runtime", "cross_entropy"},
+    {"backbone", "anatomy", "data", "runtime", "cross_entropy", "roofline"},
     {"methods", "placements"},
-    {"step", "recipe", "adapter", "evaluate", "checkpoint", "cuda_semantics", "trace", "events", "ledger"},
+    {"step", "recipe", "adapter", "evaluate", "checkpoint", "cuda_semantics", "trace", "work", "events", "ledger"},
     {"probe", "workspace", "train", "merge", "export"},
     {"plan", "deploy", "report"},
     {"planning", "pipeline", "tables"},

@@ -1,0 +1,87 @@
+"""Seconds from work: for each class of operator, the slower of computing and moving; and what a job takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from edgepeft.hardware import Hardware
+
+
+class Work(NamedTuple):
+    """What a class of operators does: number of calls, floating-point operations, bytes read and written."""
+
+    calls: int
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What training takes. ``energy_wh`` and ``price`` (US dollars) only where the profile states what they need."""
+
+    hours: float
+    energy_wh: float | None
+    price: float | None
+
+
+def seconds(work: Mapping[str, Work], hardware: Hardware) -> float:
+    """Time of ``work`` (by class, as ``work.Tally`` counts it) on a device.
+
+    The roofline model (Williams, Waterman and Patterson, CACM 52(4), 2009), class by class: computing and moving
+    overlap, so the slower of both counts. On a GPU the calls are issued by the processor while the device works, so
+    the slower of *these* two counts as well; on a CPU a call's own time is added.
+    """
+    device = sum(max(*_times(kind, each, hardware)) for kind, each in work.items())
+    issuing = sum(each.calls * _call_seconds(kind, hardware) for kind, each in work.items())
+    return max(device, issuing) if hardware.kind == "cuda" else device + issuing
+
+
+def job(updates: int, update_seconds: float, hardware: Hardware) -> Job:
+    """Hours, energy and price of a number of updates."""
+    hours = updates * update_seconds / 3600
+    watts, price = hardware.watts, hardware.price
+    return Job(hours, None if watts is None else hours * watts, None if price is None else hours * price)
+
+
+def _times(kind: str, work: Work, hardware: Hardware) -> tuple[float, float]:
+    """Seconds of computing and of moving."""
+    operation, _, dtype = kind.partition(".")
+    computing = work.flops / (peak(hardware, dtype) * reached(hardware, operation)) if work.flops else 0.0
+    moving = work.bytes / (hardware.bandwidth * reached(hardware, _MOVES.get(operation, "elementwise")))
+    return computing, moving
+
+
+def peak(hardware: Hardware, dtype: str) -> float:
+    """FLOP/s of products of a dtype; what is not native is multiplied in fp32."""
+    return hardware.flops.get(dtype, hardware.flops["fp32"])
+
+
+def reached(hardware: Hardware, operation: str) -> float:
+    """The share of a device's peak that an operation reaches: the profile's, else what is usual for its kind."""
+    usual = USUAL[hardware.kind]
+    return hardware.reached.get(operation, usual[operation])
+
+
+def _call_seconds(kind: str, hardware: Hardware) -> float:
+    stated = hardware.call_seconds if hardware.call_seconds is not None else CALL_SECONDS[hardware.kind]
+    return stated * (VIEW if kind == "view" else 1.0)
+
+
+_MOVES = {"dequantize": "dequantize", "optimizer": "optimizer"}
+
+USUAL: Mapping[str, Mapping[str, float]] = {
+    "cuda": {
+        "matmul": 0.65,
+        "thin": 0.65,
+        "attention": 0.3,
+        "elementwise": 0.8,
+        "dequantize": 0.5,
+        "optimizer": 0.8,
+    },
+    "cpu": {"matmul": 0.6, "thin": 0.3, "attention": 0.3, "elementwise": 0.6, "dequantize": 0.1, "optimizer": 0.6},
+}
+
+CALL_SECONDS: Mapping[str, float] = {"cuda": 10e-6, "cpu": 3e-6}
+VIEW = 0.3

@@ -1,0 +1,92 @@
+"""What operators compute and move: FLOPs and bytes, by class of operator."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from edgepeft.roofline import Work
+
+THIN = 64
+"""A product with a side shorter than this (an adapter's rank, a single token) is limited by what it reads."""
+
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
+_aten: Any = torch.ops.aten
+_ATTENTION = "_scaled_dot_product"
+_ROWS = (_aten.embedding, _aten.index_select, _aten.gather)  # of a table, only the rows asked for are read
+_FREE = (  # neither compute nor move
+    *(_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided),
+    *(_aten.detach, _aten._unsafe_view, _aten.lift_fresh, _aten.set_, _aten.resize_, _aten._local_scalar_dense),
+)
+
+
+class Tally:
+    """The work of the operators that it is shown, by class.
+
+    Classes: ``matmul.DTYPE``, ``thin.DTYPE`` (see ``THIN``), ``attention.DTYPE``, ``dequantize``, ``optimizer``,
+    ``elementwise`` (all that is limited by memory) and ``view`` (operators that only cost their call).
+    """
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+
+    def add(self, operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Count one call of a dispatcher operator."""
+        if operator.namespace in ("prim", "profiler"):
+            return
+        kind, flops, moved = _work(operator, args, kwargs, result)
+        sums = self._sums[kind]
+        sums[0] += 1
+        sums[1] += flops
+        sums[2] += moved
+
+    def work(self) -> dict[str, Work]:
+        """What was counted."""
+        return {kind: Work(*sums) for kind, sums in self._sums.items()}
+
+
+def _work(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> tuple[str, int, int]:
+    packet = operator.overloadpacket
+    if operator.is_view or packet in _FREE:
+        return "view", 0, 0
+    inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+    outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    if packet in _ROWS:
+        return "elementwise", 0, 2 * _bytes(outputs)
+    moved = _bytes(inputs) + _bytes(outputs if outputs else _written(operator, args, kwargs))
+    name = packet.__name__
+    if operator.namespace == "bitsandbytes":
+        return "dequantize", 0, moved
+    if name.startswith(("_foreach_", "_fused_")):
+        return "optimizer", 0, moved
+    count = flop_registry.get(packet)
+    if count is None:
+        return "elementwise", 0, moved
+    dtype = _DTYPES.get(inputs[0].dtype, "fp32")
+    flops = int(count(*args, **kwargs, out_val=result))
+    if _ATTENTION in name:
+        return f"attention.{dtype}", flops, moved
+    return f"{'thin' if _is_thin(inputs) else 'matmul'}.{dtype}", flops, moved
+
+
+def _is_thin(inputs: Iterable[Tensor]) -> bool:
+    return min(side for tensor in inputs if tensor.dim() > 1 for side in tensor.shape[-2:]) < THIN
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the elements; what is expanded is read once."""
+    return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+
+
+def _written(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an operator without results changes in place."""
+    declared = operator._schema.arguments
+    given = [*zip(declared, args, strict=False), *((each, kwargs.get(each.name)) for each in declared[len(args) :])]
+    changed = [value for each, value in given if each.alias_info is not None and each.alias_info.is_write]
+    return [leaf for leaf in tree_leaves(changed) if isinstance(leaf, Tensor)]
