@@ -95,9 +95,6 @@ class Probe:
     def _thin(self) -> float:
         down = _product(TOKENS, WIDTH, RANK, self.half, self.device)
         up = _product(TOKENS, RANK, WIDTH, self.half, self.device)
-            _product(TOKENS, WIDTH, RANK, self.half, self.device),
-            _product(TOKENS, RANK, WIDTH, self.half, self.device),
-        )
         return self._rate("reached.thin", lambda: (down(), up()), 4 * TOKENS * WIDTH * RANK, f"products of rank {RANK}")
 
     def _attention(self) -> float:
@@ -246,7 +243,6 @@ def main(argv: list[str]) -> None:
     found = hardware.load(str(given.out))  # what was written is what edgepeft reads
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in found.flops.items())
     print(f"{given.out}: {found.bandwidth / 1e9:.1f} GB/s, {rates}")
-
 
 
 if __name__ == "__main__":
