@@ -28,6 +28,16 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     """Mean cross-entropy in nats (``loss``) and the share of right labels (``accuracy``) or of right next answer tokens
     (``token_accuracy``). The model is left in the mode it was in.
     """
+    loss, right, count, kind = totals(model, batches)
+    return {"loss": float(loss) / count, kind: float(right) / count}
+
+
+@torch.no_grad()
+def totals(model: nn.Module, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor, int, str]:
+    """The summed cross-entropy, how many targets were right, of how many, and the name of their share.
+
+    The values of the first two are not looked at, so that the planner can run this on fake tensors.
+    """
     training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -48,7 +58,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
             loss += F.cross_entropy(logits.float(), target, reduction="sum").cpu().double()
             right += (logits.argmax(-1) == target).sum().cpu()
     model.train(training)
-    return {"loss": float(loss) / count, kind: float(right) / count}
+    return loss, right, count, kind
 
 
 @torch.no_grad()
