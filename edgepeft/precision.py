@@ -76,16 +76,43 @@ class _FrozenMatmul(torch.autograd.Function):
     """``x @ W.T`` with a stored W that is unpacked again in backward, so that no unpacked weight outlives a layer."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stored: StoredLinear) -> Tensor:
-        ctx.stored = stored
+    def forward(ctx: Any, x: Tensor, stored: StoredLinear, rounded: bool) -> Tensor:
+        ctx.stored, ctx.dtype = stored, x.dtype
         dtype = matmul_dtype(x.dtype, x.device)
         bias = None if stored.bias is None else stored.bias.to(dtype)
-        return F.linear(x.to(dtype), stored.dequantize(dtype), bias).to(x.dtype)
+        product = F.linear(x.to(dtype), stored.dequantize(dtype), bias)
+        return product.to(x.dtype) if rounded else product
 
     @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
         dtype = matmul_dtype(grad[0].dtype, grad[0].device)
-        return (grad[0].to(dtype) @ ctx.stored.dequantize(dtype)).to(grad[0].dtype), None
+        return (grad[0].to(dtype) @ ctx.stored.dequantize(dtype)).to(ctx.dtype), None, None
+
+
+class _TrainedMatmul(torch.autograd.Function):
+    """``x @ W.T`` of a half-precision x and an fp32 W in fp32; what backward keeps of x is x, not its cast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.to(weight.dtype), weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        change = grad[0].flatten(0, -2).t() @ x.flatten(0, -2).to(weight.dtype)
+        return (grad[0] @ weight).to(x.dtype), change
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ W.T`` with a trained fp32 W (out, in), in the dtype in which x is best multiplied.
+
+    Casting W there and not x leaves x the one tensor that all layers that read it keep for backward.
+    """
+    dtype = matmul_dtype(x.dtype, x.device)
+    if dtype is x.dtype:
+        return F.linear(x, weight.to(dtype))
+    return _TrainedMatmul.apply(x, weight)
 
 
 class StoredLinear(nn.Module):
@@ -108,9 +135,9 @@ class StoredLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out), in the dtype of x."""
-        return _FrozenMatmul.apply(x, self)
+    def forward(self, x: Tensor, *, rounded: bool = True) -> Tensor:
+        """(..., in) to (..., out), in the dtype of x; if it need not be ``rounded``, in that of the arithmetic."""
+        return _FrozenMatmul.apply(x, self, rounded)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -220,11 +247,25 @@ def pack(linear: nn.Linear, precision: str) -> StoredLinear:
     return kind(linear.weight.detach(), linear.bias)
 
 
-def pack_where(model: nn.Module, precision: str, wanted: Callable[[str], bool], device: str | None) -> None:
+Pack = Callable[[nn.Linear, str], StoredLinear]
+
+
+def pack_where(
+    model: nn.Module, precision: str, wanted: Callable[[str], bool], device: str | None, packing: Pack = pack
+) -> None:
     """Replace, in place and one at a time, every ``nn.Linear`` whose name is ``wanted``; it is packed on ``device``."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and wanted(name):
-            model.set_submodule(name, pack(module.to(device) if device else module, precision))
+            model.set_submodule(name, packing(module.to(device) if device else module, precision))
+
+
+def weight_of(linear: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight (out, in) of a linear layer, plain or stored."""
+    if isinstance(linear, StoredLinear):
+        return linear.dequantize(dtype)
+    plain: Any = linear
+    weight: Tensor = plain.weight
+    return weight.to(dtype)
 
 
 def store_frozen(model: nn.Module) -> None:

@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from edgepeft import adapter, step
+from edgepeft import adapter, precision, step
+from edgepeft.anatomy import ROLES
 from edgepeft.errors import UsageError
 from edgepeft.methods.lora import LowRank
 
@@ -85,24 +86,27 @@ def test_dropout_only_in_training_and_with_its_expectation() -> None:
     nn.init.normal_(layer.b)
     x = torch.randn(5, 64)
     layer.eval()
-    exact = layer(x)
+    exact = layer.change(x)
     torch.testing.assert_close(exact, x @ layer.weight().t(), rtol=1e-4, atol=1e-4)
     layer.train()
     torch.manual_seed(0)
-    drawn = torch.stack([layer(x) for _ in range(4000)])
+    drawn = torch.stack([layer.change(x) for _ in range(4000)])
     assert not torch.equal(drawn[0], drawn[1])
     torch.testing.assert_close(drawn.mean(0), exact, rtol=0, atol=0.1 * exact.std().item())
 
 
-def test_half_precision_keeps_its_factors_in_full_and_its_activations_in_half() -> None:
-    made, _ = tiny.adapted("llama", "lora", "nf4")
-    assert {parameter.dtype for parameter in adapter.trained(made.model).values()} == {torch.float32}
-    seen = []
-    for module in made.model.modules():
-        if isinstance(module, LowRank):
-            module.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
-    step.loss_sum(made.model, tiny.batch("llama"))
-    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+@pytest.mark.parametrize("bf16", [True, False])
+def test_half_precision_keeps_its_factors_in_full_and_its_activations_in_half(bf16: bool) -> None:
+    with precision.emulating(bf16=bf16):
+        made, _ = tiny.adapted("llama", "lora", "nf4")
+        assert {parameter.dtype for parameter in adapter.trained(made.model).values()} == {torch.float32}
+        seen = set()
+        for name in made.anatomy.linears(ROLES):
+            made.model.get_submodule(name).register_forward_hook(
+                lambda module, inputs, output: seen.add((inputs[0].dtype, output.dtype))
+            )
+        step.loss_sum(made.model, tiny.batch("llama"))
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
 
 
 def test_one_delta_on_a_fused_projection() -> None:

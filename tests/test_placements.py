@@ -14,16 +14,16 @@ from edgepeft import precision
 from edgepeft.placements import delta, selection
 
 
-class Dense(delta.Delta):
+class Dense(delta.Additive):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.change = nn.Parameter(torch.randn(linear.out_features, linear.in_features))
+        self.dense = nn.Parameter(torch.randn(linear.out_features, linear.in_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.change.to(x.dtype))
+    def change(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dense.to(x.dtype))
 
     def weight(self) -> Tensor:
-        return self.change.detach()
+        return self.dense.detach()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -53,7 +53,7 @@ def test_a_copy_has_a_delta_of_its_own() -> None:
     x = torch.randn(3, 6)
     assert torch.equal(twin(x), linear(x))
     with torch.no_grad():
-        twin.delta.change.zero_()  # type: ignore[union-attr, operator]
+        twin.delta.dense.zero_()  # type: ignore[union-attr, operator]
     assert not torch.equal(twin(x), linear(x))
 
 
@@ -65,6 +65,39 @@ def test_packed_layers_must_be_unpacked_before_folding() -> None:
     before = model(x)
     delta.fold(model)
     assert torch.equal(model(x), before)
+
+
+def test_several_deltas_on_one_layer_add_up() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    linear: nn.Linear = model[0]  # type: ignore[assignment]
+    one, two = Dense(linear), Dense(linear)
+    expected = linear.weight.detach() + one.weight() + two.weight()
+    for change in (one, two):
+        delta.attach(linear, change)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(model(x), F.linear(x, expected, linear.bias))
+    assert {name.rpartition(".")[0] for name, _ in model.named_parameters()} == {"0", "0.delta", "0.delta1"}
+    delta.fold(model)
+    torch.testing.assert_close(linear.weight, expected)
+    assert not list(linear.children()) and not linear._forward_hooks and not linear._forward_pre_hooks
+
+
+@pytest.mark.parametrize("at", ["bf16", "int8", "nf4"])
+def test_where_half_precision_is_multiplied_in_fp32_the_sum_is_rounded_once(at: str) -> None:
+    """A change far below the last bit of the output still reaches every output that it tips over."""
+    plain = nn.Linear(64, 64).to(torch.bfloat16)
+    stored = precision.BF16Linear(plain.weight, plain.bias) if at == "bf16" else precision.pack(plain, at)
+    change = Dense(plain)
+    change.dense.data.mul_(1e-3)
+    x = torch.randn(256, 64, dtype=torch.bfloat16)
+    with precision.emulating(bf16=False):
+        before = stored(x)
+        exact = F.linear(x.float(), stored.dequantize(torch.float32), plain.bias.float())
+        exact += x.float() @ change.dense.t()
+        delta.attach(stored, change)
+        change.change = lambda x: x.float() @ change.dense.t()  # type: ignore[method-assign]
+        assert torch.equal(stored(x), exact.to(torch.bfloat16))
+        assert not torch.equal(stored(x), before + (x.float() @ change.dense.t()).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -115,14 +115,14 @@ def test_shapes_alone_allocate_the_same_buffers(at: str) -> None:
     assert all(buffer.is_meta for buffer in planned.buffers())
 
 
-class Doubled(delta.Delta):
+class Doubled(delta.Additive):
     """A delta with a weight of its own, to be found again."""
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
         self.factor = nn.Parameter(torch.randn(out_features, in_features))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def change(self, x: Tensor) -> Tensor:
         return F.linear(x, self.factor.to(x.dtype))
 
     def weight(self) -> Tensor:
@@ -152,6 +152,28 @@ def test_unpacking_keeps_weights_hooks_children_and_mode(at: str) -> None:
         model(x.float()), before.float(), rtol=2e-2, atol=0.1
     )  # several units off without the delta
     assert seen == ["before", "after"] * 2
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_trained_weight_is_multiplied_with_what_is_kept_as_it_is(bf16: bool) -> None:
+    x = torch.randn(3, 5, 64, dtype=torch.bfloat16, requires_grad=True)
+    weight = nn.Parameter(torch.randn(8, 64))
+    kept: list[Tensor] = []
+    with (
+        precision.emulating(bf16=bf16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),  # type: ignore[func-returns-value]
+    ):
+        product = precision.linear(x, weight)
+    assert product.dtype is (torch.bfloat16 if bf16 else torch.float32)
+    assert any(t.data_ptr() == x.data_ptr() for t in kept) and all(t.dtype is x.dtype for t in kept if len(t) == 3)
+    upstream = torch.randn_like(product)
+    product.backward(upstream)
+    assert weight.grad is not None and weight.grad.dtype is torch.float32 and x.grad is not None
+    tolerance = {"rtol": 2e-2, "atol": 0.1} if bf16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(product.double(), x.double() @ weight.double().t(), **tolerance)  # type: ignore[arg-type]
+    expected = upstream.double().flatten(0, 1).t() @ x.double().flatten(0, 1)
+    torch.testing.assert_close(weight.grad.double(), expected, **tolerance)  # type: ignore[arg-type]
+    torch.testing.assert_close(x.grad.double(), upstream.double() @ weight.double(), rtol=2e-2, atol=0.1)
 
 
 def test_bf16_weights_are_multiplied_in_fp32_where_that_is_faster() -> None:

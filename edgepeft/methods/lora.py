@@ -10,20 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgepeft import precision
 from edgepeft.anatomy import ROLES, Anatomy
 from edgepeft.errors import UsageError, nearest
 from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import delta, selection
-from edgepeft.precision import StoredLinear
 
 
-class LowRank(delta.Delta):
-    """x → scale · x Aᵀ Bᵀ with A (rank, in) and B (out, rank), kept in fp32 and cast to the dtype of x when used.
+class LowRank(delta.Additive):
+    """x → scale · x Aᵀ Bᵀ with A (rank, in) and B (out, rank), kept in fp32."""
 
-    Casting the two small factors instead of x keeps gradients and updates exact and halves the saved activations.
-    """
-
-    def __init__(self, linear: nn.Linear | StoredLinear, rank: int, scale: float, dropout: float) -> None:
+    def __init__(self, linear: nn.Linear | precision.StoredLinear, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
         device = next(iter([*linear.parameters(), *linear.buffers()])).device
         self.a = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
@@ -32,10 +29,10 @@ class LowRank(delta.Delta):
         self.scale = scale
         self.dropout = dropout
 
-    def forward(self, x: Tensor) -> Tensor:
+    def change(self, x: Tensor) -> Tensor:
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return F.linear(F.linear(x, self.a.to(x.dtype)) * self.scale, self.b.to(x.dtype))
+        return precision.linear(precision.linear(x, self.a) * self.scale, self.b)
 
     def weight(self) -> Tensor:
         return self.scale * (self.b.detach() @ self.a.detach())
