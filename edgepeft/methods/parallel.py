@@ -1,0 +1,45 @@
+"""Scaled parallel adapters: a bottleneck beside every feed-forward sub-layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn import functional as F
+
+from edgepeft.anatomy import Anatomy
+from edgepeft.methods.base import Method, NotMergeable, Paper
+from edgepeft.placements import bottleneck
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel(Method):
+    """h → h + scale · up(relu(down(x))), where x is what the feed-forward reads and h what it gives.
+
+    The bottleneck starts at zero, as LoRA does.
+    """
+
+    paper = Paper("Towards a Unified View of Parameter-Efficient Transfer Learning", 2021, "2110.04366")
+    kind = "additive"
+    merges = False
+    overhead = "a bottleneck beside each feed-forward"
+
+    reduction: int = 2
+    """How many times narrower a bottleneck is than the backbone; 2 gives the paper's 512 for a width of 1024."""
+    scale: float = 4.0
+    """What the bottleneck's output is multiplied with; the paper's choice."""
+
+    def __post_init__(self) -> None:
+        self.require(self.reduction >= 1, "reduction", "at least 1")
+        self.require(self.scale > 0, "scale", "above 0")
+
+    def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
+        device = next(model.parameters()).device
+        for block in anatomy.blocks:
+            part = block.sub_layers["feed_forward"]
+            wide = bottleneck.width(model, part)
+            size = bottleneck.size(self.name, wide, self.reduction)
+            bottleneck.beside(model, part, bottleneck.dense_from_zero(wide, size, F.relu, device, self.scale))
+
+    def merge(self, model: nn.Module) -> None:
+        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", bottleneck.CAUSE, bottleneck.REMEDY)
