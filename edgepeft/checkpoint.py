@@ -33,8 +33,8 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progr
     own = state(model, transient=True)
     tensors = {f"parameter/{name}": tensor.detach().cpu().contiguous() for name, tensor in own.items()}
     scalars: dict[str, Any] = {}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
             where = f"optimizer/{names[id(parameter)]}/{key}"
             if isinstance(value, Tensor):
                 tensors[where] = value.detach().cpu().contiguous()
