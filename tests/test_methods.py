@@ -1,243 +1,266 @@
-"""What every method must do on every family: train, survive saving, and merge or refuse to.
-
-A new method file is covered by being there.
-"""
+"""What every method must do, on every family and at every precision. A new method file is covered by being there."""
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from conformance import FAMILIES, gradients, home, needs, randomised, refusal, stages, structure, train
 from torch import nn
+from transformers import GenerationConfig
 
-from edgepeft import adapter, precision, step
-from edgepeft.errors import UsageError
-from edgepeft.evaluate import sample_logits
+from edgepeft import adapter, checkpoint, precision, probe, step
+from edgepeft.backbone import Backbone
+from edgepeft.evaluate import evaluate, sample_logits
+from edgepeft.export import onnx, parity
 from edgepeft.merge import relative_difference, to_full_precision
 from edgepeft.methods import base
 from edgepeft.methods.base import Method, NotMergeable
+from edgepeft.runtime import decode
+from edgepeft.runtime.sessions import open_graphs
 
 UPDATES = 12
-CASES = [
-    (family, name, at)
-    for name in base.names()
-    for family in tiny.FAMILIES
-    for at in ("fp32", "nf4")
-    if not (base.find(name).writes_backbone and precision.is_packed(at))
-    if at == "fp32" or family in ("llama", "gpt2", "bert", "t5")
-]
+ROUNDING = 1e-5  # relative to the largest logit
+NAMES = base.names()
+EVERYWHERE = [(name, family) for name in NAMES for family in FAMILIES]
+OTHERS = [family for family in tiny.FAMILIES if family not in FAMILIES]
 
 
-def train(model: nn.Module, method: Method, batch: step.Batch, updates: int) -> list[float]:
-    """The losses of updates on one batch."""
-    rate = 10 * method.learning_rate
-    trainer = step.TrainingStep(
-        model,
-        method.stages()[-1].optimizer(model, rate, 0.0),
-        clip_norm=None if method.updates_in_backward else 1.0,
-        penalty=method.penalty,
-        after_update=method.after_update,
-    )
-    losses = []
-    model.train()
-    for _ in range(updates):
-        losses.append(trainer.backward([batch], rate).item())
-        trainer.update(len(losses) / updates)
-    model.eval()
-    return losses
+def trainable_at(name: str, at: str) -> bool:
+    return not (base.find(name).writes_backbone and precision.is_packed(at))
 
 
-@pytest.mark.parametrize(("family", "name", "at"), CASES)
-def test_conformance(family: str, name: str, at: str, tmp_path: Path) -> None:
-    made, method = tiny.adapted(family, name, at)
-    model, batch = made.model, tiny.batch(family)
-    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-
-    losses = train(model, method, batch, UPDATES)
-    assert losses[-1] < 0.995 * losses[0] and min(losses) == pytest.approx(losses[-1], rel=0.02)
-    for n, p in model.named_parameters():
-        assert p.requires_grad or torch.equal(p, frozen[n]), f"{n} is frozen and changed"
-
-    card = adapter.card(method, model="m", task=made.task, precision=at, labels=None, seed=0)
-    adapter.save(tmp_path / "adapter", model, card)
-    again, same = tiny.adapted(family, name, at)
-    assert adapter.read_card(tmp_path / "adapter").method == same.name == name
-    adapter.load(tmp_path / "adapter", again.model)
-    before = sample_logits(model, [batch])
-    assert torch.equal(sample_logits(again.model.eval(), [batch])[0], before[0])
-
-    if not method.merges:
-        with pytest.raises(NotMergeable):
-            method.merge(model)
-        return
-    to_full_precision(model)
-    before = sample_logits(model, [batch])
-    method.merge(model)
-    assert relative_difference(before, sample_logits(model, [batch])) < 1e-5
-    assert structure(model) == structure(tiny.load(family).model), "the plain modules it started with"
-    assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+CASES = [(n, family, at) for n, family in EVERYWHERE for at in precision.PRECISIONS if trainable_at(n, at)]
+CASES += [(name, family, "fp32") for name in NAMES for family in OTHERS]
 
 
-def structure(model: nn.Module) -> tuple[dict[str, type], dict[str, tuple[int, ...]]]:
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return {name: type(module) for name, module in model.named_modules()}, shapes
+@pytest.mark.parametrize(("name", "family", "at"), CASES)
+def test_trains_and_is_saved_and_merged(name: str, family: str, at: str, tmp_path: Path) -> None:
+    needs(name, family)
+    batch = tiny.batch(family)
+    for made, method, stage in stages(family, name, at):
+        model = made.model
+        frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+        before = evaluate(model, [batch])["loss"]
+        train(model, method, stage, batch, UPDATES)
+        for n, p in model.named_parameters():
+            assert p.requires_grad or torch.equal(p, frozen[n]), f"{n} is frozen and changed"
+    assert evaluate(model, [batch])["loss"] < 0.995 * before
+    saved_and_loaded(made, method, batch, tmp_path / "adapter")
+    if method.merges:
+        merged(made, method, batch)
+        assert structure(made.model) == structure(tiny.load(family).model), "the plain modules it started with"
 
 
-@pytest.mark.parametrize("name", base.names())
-@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
-def test_every_trained_tensor_gets_a_gradient(family: str, name: str) -> None:
-    """Once what starts at zero has moved."""
-    made, _ = tiny.adapted(family, name)
-    tiny.randomise(nn.ParameterList(adapter.trained(made.model).values()))
-    step.loss_sum(made.model, tiny.batch(family)).backward()
-    for n, parameter in adapter.trained(made.model).items():
-        assert parameter.grad is not None and parameter.grad.any(), n
+def saved_and_loaded(made: Backbone, method: Method, batch: step.Batch, folder: Path) -> None:
+    """The same outputs to the bit, from a file that holds only what changed."""
+    card = adapter.card(method, model="m", task=made.task, precision=made.precision, labels=None, seed=0)
+    adapter.save(folder, made.model, card)
+    family = next(f for f in tiny.FAMILIES if tiny.folder(f) == Path(made.model.config._name_or_path))
+    again, same = tiny.adapted(family, method.name, made.precision)
+    assert adapter.read_card(folder).method == same.name == method.name
+    adapter.load(folder, again.model)
+    assert torch.equal(sample_logits(again.model.eval(), [batch])[0], sample_logits(made.model, [batch])[0])
+
+    tensors = adapter.read_tensors(folder / adapter.TENSORS)
+    assert tensors.keys() == base.state(made.model).keys()
+    if made.precision == "fp32":  # in bf16 a small update may round to nothing
+        plain = dict(tiny.load(family).model.named_parameters())
+        assert not [n for n, tensor in tensors.items() if n in plain and torch.equal(tensor, plain[n])]
 
 
-@pytest.mark.parametrize("name", base.names())
+def merged(made: Backbone, method: Method, batch: step.Batch) -> None:
+    """The same function to rounding, without hooks."""
+    to_full_precision(made.model)
+    before = sample_logits(made.model, [batch])
+    method.merge(made.model)
+    assert relative_difference(before, sample_logits(made.model, [batch])) <= ROUNDING
+    assert not [m for m in made.model.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_says_where_it_is_from_and_what_it_costs(name: str) -> None:
+    method = base.create(name)
+    assert method.name == name and method.learning_rate > 0
+    assert method.kind in ("additive", "selective", "reparametrised", "hybrid")
+    assert method.paper.title and 1990 < method.paper.year < 2030 and (method.paper.arxiv or method.paper.venue)
+    assert not method.paper.arxiv or len(method.paper.arxiv.split(".")) == 2
+    assert set(method.saves) <= {"disk", "memory"}
+    assert method.merges != bool(method.overhead), "overhead is what a model costs that cannot be merged"
+    described = base.describe(type(method))
+    assert all(option["meaning"] for option in described["options"]) and described["summary"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_refuses_a_family_saying_why_and_works_on_another(name: str) -> None:
+    refused = [error for family in tiny.FAMILIES if (error := refusal(name, family))]
+    for error in refused:
+        assert error.fact.startswith(name) and error.cause and error.remedy, error
+    assert any(refusal(name, family) is None for family in FAMILIES)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not base.find(name).merges])
+def test_does_not_merge_saying_why(name: str) -> None:
+    made, method = tiny.adapted(home(name), name)
+    with pytest.raises(NotMergeable) as caught:
+        method.merge(made.model)
+    assert caught.value.fact and caught.value.cause and caught.value.remedy
+
+
+@pytest.mark.parametrize(("name", "family"), EVERYWHERE)
+def test_starts_as_the_backbone_or_says_that_it_does_not(name: str, family: str) -> None:
+    needs(name, family)
+    batch, (made, method, _) = tiny.batch(family), next(stages(family, name))
+    plain = sample_logits(tiny.load(family).model, [batch])
+    moved = relative_difference(plain, sample_logits(made.model.eval(), [batch]))
+    assert moved <= ROUNDING if method.identity_at_start else moved > ROUNDING
+
+
+@pytest.mark.parametrize(("name", "family"), EVERYWHERE)
+def test_gradients_reach_exactly_what_is_trained(name: str, family: str) -> None:
+    """In every stage, once what starts at zero has moved."""
+    needs(name, family)
+    for made, _, _ in stages(family, name):
+        randomised(made.model.train())
+        found = gradients(made.model, tiny.batch(family), passes=8)
+        assert found.keys() == {n for n, p in made.model.named_parameters() if p.requires_grad}
+        assert not [n for n, gradient in found.items() if not gradient.any()]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("at", ["fp32", "bf16"])
 def test_a_copy_of_a_model_is_a_model_of_its_own(name: str, at: str) -> None:
-    made, _ = tiny.adapted("llama", name, at)
-    batch = tiny.batch("llama")
+    family = home(name)
+    made, batch = tiny.adapted(family, name, at)[0], tiny.batch(family)
+    before = sample_logits(made.model.eval(), [batch])[0]
     twin = copy.deepcopy(made.model)
-    assert torch.equal(sample_logits(twin, [batch])[0], sample_logits(made.model, [batch])[0])
-    before = sample_logits(made.model, [batch])[0]
-    tiny.randomise(nn.ParameterList(adapter.trained(twin).values()), seed=3)
+    assert torch.equal(sample_logits(twin, [batch])[0], before)
+    randomised(twin, seed=3)
     assert torch.equal(sample_logits(made.model, [batch])[0], before)
     assert not torch.equal(sample_logits(twin, [batch])[0], before)
     step.loss_sum(twin, batch).backward()
     assert all(parameter.grad is None for parameter in made.model.parameters())
 
 
-@pytest.mark.parametrize("name", base.names())
-def test_adapter_names_do_not_depend_on_precision(name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_adapter_names_and_shapes_do_not_depend_on_precision(name: str) -> None:
     found = []
-    for at in ("fp32", "bf16", *(("nf4",) if not base.find(name).writes_backbone else ())):
-        made, _ = tiny.adapted("bert", name, at)
-        found.append({n: tuple(p.shape) for n, p in adapter.trained(made.model).items()})
+    for at in (at for at in precision.PRECISIONS if trainable_at(name, at)):
+        made, _ = tiny.adapted(home(name), name, at)
+        found.append({n: tuple(t.shape) for n, t in base.state(made.model).items()})
     assert all(names == found[0] for names in found)
 
 
-@pytest.mark.parametrize("name", base.names())
-@pytest.mark.parametrize("family", ["llama", "t5-gated", "gpt2", "bert"])
-def test_recomputed_activations_give_the_same_gradients(family: str, name: str) -> None:
-    def gradients(again: bool) -> dict[str, torch.Tensor]:
+@pytest.mark.parametrize(("name", "family"), EVERYWHERE)
+def test_recomputed_activations_give_the_same_gradients(name: str, family: str) -> None:
+    needs(name, family)
+    found = []
+    for again in (False, True):
         made, _ = tiny.adapted(family, name)
-        tiny.randomise(nn.ParameterList(adapter.trained(made.model).values()))
-        made.model.train()
+        randomised(made.model.train())
         if again:
             made.model.activation_checkpointing_enable()
-        step.loss_sum(made.model, tiny.batch(family)).backward()
-        return {n: p.grad for n, p in adapter.trained(made.model).items() if p.grad is not None}
-
-    kept, recomputed = gradients(False), gradients(True)
-    assert kept.keys() == recomputed.keys()
-    for n, gradient in kept.items():
-        torch.testing.assert_close(recomputed[n], gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item())
-
-
-@pytest.mark.parametrize("name", base.names())
-def test_a_method_says_where_it_is_from(name: str) -> None:
-    method = base.create(name)
-    assert method.name == name and method.learning_rate > 0
-    assert method.kind in ("additive", "selective", "reparametrised", "hybrid")
-    assert method.paper.title and 1990 < method.paper.year < 2030 and len(method.paper.arxiv.split(".")) == 2
+        found.append(gradients(made.model, tiny.batch(family)))
+    kept, recomputed = found
+    trained = [n for n, p in made.model.named_parameters() if p.requires_grad and n in kept]
+    for n in trained:
+        most = kept[n].abs().max().item()
+        torch.testing.assert_close(recomputed[n], kept[n], rtol=1e-4, atol=1e-4 * most)
 
 
-def test_names_aliases_and_dotted_paths() -> None:
-    assert base.find("qlora") is base.find("lora") is base.find("edgepeft.methods.lora")
-    assert base.implied_precision("qlora") == "nf4" and base.implied_precision("lora") is None
-    assert base.create("qlora", {"rank": 2}).name == "lora"
+@pytest.mark.parametrize("name", NAMES)
+def test_goes_on_from_a_checkpoint_in_every_stage(name: str, tmp_path: Path) -> None:
+    """To the same bits as if it had never stopped."""
+    family = home(name)
+    batch, run = tiny.batch(family), stages(family, name)
+    for number, (made, method, stage) in enumerate(run):
+        model, optimizer, folder = made.model.train(), stage.optimizer(made.model, 1e-3, 0.0), tmp_path / str(number)
+        train_with(model, method, optimizer, batch)
+        left = checkpoint.save(folder, model, optimizer, {"step": 1})
+        train_with(model, method, optimizer, batch)
+
+        begun = stages(family, name)
+        for _ in range(number + 1):
+            again, same, same_stage = next(begun)
+        resumed = same_stage.optimizer(again.model.train(), 1e-3, 0.0)
+        checkpoint.restore(left, again.model, resumed)
+        train_with(again.model, same, resumed, batch)
+        before, after = (base.state(m, transient=True) for m in (model, again.model))
+        assert before.keys() == after.keys()
+        assert not [n for n, tensor in before.items() if not torch.equal(tensor, after[n])]
 
 
-STRANGER = '''
-from dataclasses import dataclass
-from edgepeft.methods.base import Method, Paper
-from edgepeft.placements import selection
-
-@dataclass(frozen=True, kw_only=True)
-class BitFit(Method):
-    """Train the biases."""
-
-    paper = Paper("BitFit", 2021, "2106.10199")
-    kind = "selective"
-
-    def inject(self, model, anatomy):
-        selection.train(model, [name for name, _ in model.named_parameters() if name.endswith(".bias")])
-'''
+def train_with(model: nn.Module, method: Method, optimizer: torch.optim.Optimizer, batch: step.Batch) -> None:
+    """Two updates, half-way through a stage."""
+    clip = None if method.updates_in_backward else 1.0
+    hooks = {"penalty": method.penalty, "after_update": method.after_update}
+    trainer = step.TrainingStep(model, optimizer, clip_norm=clip, **hooks)  # type: ignore[arg-type]
+    for _ in range(2):
+        trainer.backward([batch], 1e-3)
+        trainer.update(0.5)
 
 
-def test_a_strangers_method_works_by_dotted_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "strange").mkdir()
-    (tmp_path / "strange" / "bitfit.py").write_text(STRANGER)
-    (tmp_path / "strange" / "empty.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    made, method = tiny.adapted("bert", "strange.bitfit")
-    assert method.name == "strange.bitfit"
-    assert {name.rpartition(".")[2] for name in adapter.trained(made.model)} == {"bias", "weight"}
-    losses = train(made.model, method, tiny.batch("bert"), 5)
-    assert losses[-1] < losses[0]
-    with pytest.raises(UsageError, match="holds 0 methods"):
-        base.find("strange.empty")
-    with pytest.raises(UsageError, match="There is no method 'strange.nothing'"):
-        base.find("strange.nothing")
+@pytest.mark.parametrize(("name", "family"), EVERYWHERE)
+def test_is_traced_on_fake_tensors(name: str, family: str) -> None:
+    """Every stage of it, with as many bytes of adapter as the real model has at the end."""
+    needs(name, family)
+    at = "nf4" if trainable_at(name, "nf4") else "bf16"
+    made, method = tiny.adapted(family, name, at)
+    plain = {n for n, _ in tiny.load(family, at).model.named_parameters()}
+    added = sum(p.nbytes for n, p in made.model.named_parameters() if p.requires_grad and n not in plain)
+    peaks = probe.peaks(
+        probe.Configuration(
+            model=probe.as_fields(tiny.configuration(family)),
+            task=made.task,
+            method=name,
+            options=method.narrow,
+            precision=at,
+            checkpointing=False,
+            microbatch=2,
+            tokens=12,
+            target_tokens=6,
+            labels=tiny.LABELS,
+            accumulates=not method.updates_in_backward,
+            cuda=False,
+            bf16=True,
+        )
+    )
+    assert len(peaks) >= 2 * len(method.stages())
+    assert list(peaks.values())[-1].bytes["adapter"] == added
 
 
-def test_unknown_method() -> None:
-    with pytest.raises(UsageError, match="There is no method 'loar'") as caught:
-        base.create("loar")
-    assert "lora" in caught.value.remedy
+EXPORTS = [(n, family) for n in NAMES for family in FAMILIES if not base.find(n).merges or family == home(n)]
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "part"),
-    [
-        ("lora", {"ranks": 4}, "Did you mean rank"),
-        ("lora", {"rank": 4.0}, "rank = 4.0 is not of type int"),
-        ("lora", {"rank": True}, "rank = True is not of type int"),
-        ("lora", {"alpha": True}, "alpha = True is not of type float"),
-        ("lora", {"targets": "query"}, "targets = 'query' is not of type tuple"),
-        ("lora", {"targets": [1]}, "targets = (1,) is not of type tuple"),
-        ("lora", {"rank": 0}, "rank = 0 must be at least 1"),
-        ("lora", {"dropout": 1.0}, "dropout = 1.0 must be a probability below 1"),
-        ("galore", {"rank": 0}, "rank = 0 must be at least 1"),
-        ("galore", {"period": 0}, "period = 0 must be at least 1"),
-        ("lst", {"layers": 0.0}, "layers = 0.0 must be a share"),
-        ("lst", {"layers": 1.5}, "layers = 1.5 must be a share"),
-        ("full", {"rank": 4}, "It has none."),
-    ],
-)
-def test_options_are_checked(name: str, options: dict[str, object], part: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        base.create(name, options)
-    assert part in str(caught.value)
-
-
-def test_whole_numbers_are_floats_too_and_lists_are_tuples() -> None:
-    method = base.create("lora", {"alpha": 4, "targets": ["query"]})
-    assert getattr(method, "alpha") == 4 and getattr(method, "targets") == ("query",)  # noqa: B009
-
-
-@pytest.mark.parametrize("name", ["full", "galore"])
-@pytest.mark.parametrize("at", ["nf4", "int8"])
-def test_packed_weights_cannot_be_written(name: str, at: str) -> None:
-    with pytest.raises(UsageError, match=f"{name} cannot train on {at} weights") as caught:
-        tiny.adapted("llama", name, at)
-    assert "lora" in caught.value.remedy
-
-
-def test_a_new_head_is_trained_with_every_method_in_the_same_order_everywhere() -> None:
-    """In half precision the order of the parameters follows the order in which they become trainable."""
-    orders = []
-    for fresh in (["classifier.weight", "classifier.bias"], ["classifier.bias", "classifier.weight"]):
-        made = tiny.load("bert", "bf16")
-        assert made.fresh == set(fresh)
-        shuffled = type("Ordered", (frozenset,), {"__iter__": lambda self, order=fresh: iter(order)})(fresh)
-        object.__setattr__(made, "fresh", shuffled)
-        base.apply(tiny.method("ln_tuning"), made)
-        orders.append(list(adapter.trained(made.model)))
-    assert orders[0] == orders[1]
-    assert {"classifier.weight", "classifier.bias"} <= set(orders[0])
+@pytest.mark.parametrize(("name", "family"), EXPORTS)
+def test_exports_to_onnx_with_the_same_logits_and_tokens(name: str, family: str, tmp_path: Path) -> None:
+    """What merges is a plain model then, so that one family in turn will do."""
+    needs(name, family)
+    made, method = tiny.adapted(family, name)
+    randomised(made.model)
+    model = made.model.eval()
+    if method.merges:
+        method.merge(model)
+    onnx.export(model, made.task, tmp_path / "onnx")
+    graphs = open_graphs(tmp_path / "onnx", made.task, threads=1)
+    for rows, lengths in ((1, (5, 5)), (3, (4, 11))):
+        batch = tiny.batch(family, rows, lengths=lengths)
+        expected = sample_logits(model, [batch])[0].numpy()
+        found = parity.target_logits(graphs, {key: value.numpy() for key, value in batch.items()})
+        assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+    if made.task == "classification":
+        return
+    model.generation_config.eos_token_id = None
+    start = 0 if made.task == "seq2seq" else None
+    settings = GenerationConfig(
+        max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0, decoder_start_token_id=start
+    )
+    ids = np.array([[0, 0, 7, 9, 4], [3, 8, 5, 2, 6]])
+    mask = (ids > 0).astype(np.int64)
+    made_by_torch = model.generate(torch.tensor(ids), attention_mask=torch.tensor(mask), generation_config=settings)
+    wanted = made_by_torch[:, 1 if start == 0 else ids.shape[1] :].tolist()
+    assert decode.greedy(graphs, ids, mask, 8, (), start).tolist() == wanted

@@ -117,7 +117,7 @@ def range_basis(gradient: Tensor, rank: int, iterations: int = 2) -> Tensor:
     for _ in range(iterations):
         other, _ = torch.linalg.qr(tall.t() @ basis)
         basis, _ = torch.linalg.qr(tall @ other)
-    return basis
+    return basis.contiguous()  # as a checkpoint gives it back: the last bits of products depend on strides
 
 
 def project(gradient: Tensor, basis: Tensor) -> Tensor:

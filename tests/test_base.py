@@ -1,0 +1,109 @@
+"""How methods are found, named and given hyper-parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+from conformance import train
+
+from edgepeft import adapter
+from edgepeft.errors import UsageError
+from edgepeft.methods import base
+
+
+def test_names_aliases_and_dotted_paths() -> None:
+    assert base.find("qlora") is base.find("lora") is base.find("edgepeft.methods.lora")
+    assert base.implied_precision("qlora") == "nf4" and base.implied_precision("lora") is None
+    assert base.create("qlora", {"rank": 2}).name == "lora"
+
+
+STRANGER = '''
+from dataclasses import dataclass
+from edgepeft.methods.base import Method, Paper
+from edgepeft.placements import selection
+
+@dataclass(frozen=True, kw_only=True)
+class BitFit(Method):
+    """Train the biases."""
+
+    paper = Paper("BitFit", 2021, "2106.10199")
+    kind = "selective"
+
+    def inject(self, model, anatomy):
+        selection.train(model, [name for name, _ in model.named_parameters() if name.endswith(".bias")])
+'''
+
+
+def test_a_strangers_method_works_by_dotted_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "bitfit.py").write_text(STRANGER)
+    (tmp_path / "strange" / "empty.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    made, method = tiny.adapted("bert", "strange.bitfit")
+    assert method.name == "strange.bitfit"
+    assert {name.rpartition(".")[2] for name in adapter.trained(made.model)} == {"bias", "weight"}
+    losses = train(made.model, method, method.stages()[0], tiny.batch("bert"), 5)
+    assert losses[-1] < losses[0]
+    with pytest.raises(UsageError, match="holds 0 methods"):
+        base.find("strange.empty")
+    with pytest.raises(UsageError, match="There is no method 'strange.nothing'"):
+        base.find("strange.nothing")
+
+
+def test_unknown_method() -> None:
+    with pytest.raises(UsageError, match="There is no method 'loar'") as caught:
+        base.create("loar")
+    assert "lora" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "part"),
+    [
+        ("lora", {"ranks": 4}, "Did you mean rank"),
+        ("lora", {"rank": 4.0}, "rank = 4.0 is not of type int"),
+        ("lora", {"rank": True}, "rank = True is not of type int"),
+        ("lora", {"alpha": True}, "alpha = True is not of type float"),
+        ("lora", {"targets": "query"}, "targets = 'query' is not of type tuple"),
+        ("lora", {"targets": [1]}, "targets = (1,) is not of type tuple"),
+        ("lora", {"rank": 0}, "rank = 0 must be at least 1"),
+        ("lora", {"dropout": 1.0}, "dropout = 1.0 must be a probability below 1"),
+        ("galore", {"rank": 0}, "rank = 0 must be at least 1"),
+        ("galore", {"period": 0}, "period = 0 must be at least 1"),
+        ("lst", {"layers": 0.0}, "layers = 0.0 must be a share"),
+        ("lst", {"layers": 1.5}, "layers = 1.5 must be a share"),
+        ("full", {"rank": 4}, "It has none."),
+    ],
+)
+def test_options_are_checked(name: str, options: dict[str, object], part: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        base.create(name, options)
+    assert part in str(caught.value)
+
+
+def test_whole_numbers_are_floats_too_and_lists_are_tuples() -> None:
+    method = base.create("lora", {"alpha": 4, "targets": ["query"]})
+    assert getattr(method, "alpha") == 4 and getattr(method, "targets") == ("query",)  # noqa: B009
+
+
+@pytest.mark.parametrize("name", ["full", "galore"])
+@pytest.mark.parametrize("at", ["nf4", "int8"])
+def test_packed_weights_cannot_be_written(name: str, at: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} cannot train on {at} weights") as caught:
+        tiny.adapted("llama", name, at)
+    assert "lora" in caught.value.remedy
+
+
+def test_a_new_head_is_trained_with_every_method_in_the_same_order_everywhere() -> None:
+    """In half precision the order of the parameters follows the order in which they become trainable."""
+    orders = []
+    for fresh in (["classifier.weight", "classifier.bias"], ["classifier.bias", "classifier.weight"]):
+        made = tiny.load("bert", "bf16")
+        assert made.fresh == set(fresh)
+        shuffled = type("Ordered", (frozenset,), {"__iter__": lambda self, order=fresh: iter(order)})(fresh)
+        object.__setattr__(made, "fresh", shuffled)
+        base.apply(tiny.method("ln_tuning"), made)
+        orders.append(list(adapter.trained(made.model)))
+    assert orders[0] == orders[1]
+    assert {"classifier.weight", "classifier.bias"} <= set(orders[0])
