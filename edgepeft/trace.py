@@ -47,32 +47,46 @@ class Tracker(TorchDispatchMode):
     ``activations`` are what forward leaves alive when backward begins, ``temporaries`` is the rest.
 
     Args:
-        cuda: round and count workspaces as a CUDA device does.
+        cuda: round and count workspaces as this CUDA device does; on the CPU neither is done.
     """
 
-    def __init__(self, *, cuda: bool) -> None:
+    def __init__(self, *, cuda: cuda_semantics.Device | bool) -> None:
         super().__init__()
-        self.cuda = cuda
+        self.cuda = cuda_semantics.Device() if cuda is True else cuda or None
         self.phases: dict[str, _Phase] = {}
         self._phase: _Phase | None = None
         self._uid = 0
         self._uid_of: dict[int, int] = {}  # live storages by address
         self._bytes: dict[int, int] = {}
+        self._asked: dict[int, int] = {}  # the same before rounding
         self._kind: dict[int, str] = {}
+        self._blas: set[bool] = set()  # the threads (is it backward's?) whose cuBLAS handle has its workspace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # more than half of all calls, and none allocates
             return args[0].fake_device
+        if self.cuda is not None and func in cuda_semantics.PRODUCTS:
+            self._blas_workspace(self.cuda)
         result = func(*args, **(kwargs or {}))
         if self._phase is not None:
             self._phase.tally.add(func, args, kwargs or {}, result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._follow(leaf)
-        if self.cuda and (hidden := cuda_semantics.workspace_bytes(func, args)):
-            self._record(uid := self._born(hidden))
-            self._record(-uid)
+        if self.cuda is not None:
+            for hidden in cuda_semantics.workspace_bytes(func, args):
+                self._record(uid := self._born(hidden))
+                self._record(-uid)
         return result
+
+    def _blas_workspace(self, device: cuda_semantics.Device) -> None:
+        """A handle of cuBLAS belongs to a thread, and autograd runs backward in a thread of its own."""
+        backward = torch._C._current_graph_task_id() != -1
+        if backward not in self._blas:
+            self._blas.add(backward)
+            uid = self._born(device.blas_workspace_bytes)
+            self._uid_of[-uid] = uid  # never freed
+            self._record(uid)
 
     def label(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Say what the storages of ``tensors`` are for. The first label a storage gets is kept."""
@@ -120,6 +134,32 @@ class Tracker(TorchDispatchMode):
         """What every phase computed and moved, by class of operator."""
         return {name: phase.tally.work() for name, phase in self.phases.items()}
 
+    def history(self, *phases: str) -> Iterator[tuple[int, int]]:
+        """Births (uid, bytes) and deaths (-uid, bytes) of storages through ``phases`` in this order.
+
+        What was held when the first of them began is born before it. The same phase may be named again: a step that is
+        repeated. This is what ``allocator.CachingAllocator.run`` takes.
+        """
+        alive: set[int] = set()
+        for name in phases:
+            phase = self.phases[name]
+            held = set(phase.held)
+            yield from ((-uid, self._bytes[uid]) for uid in sorted(alive - held))
+            yield from ((uid, self._bytes[uid]) for uid in sorted(held - alive))
+            alive = held
+            for event in phase.events:
+                yield event, self._bytes[abs(event)]
+                alive.add(event) if event > 0 else alive.discard(-event)
+
+    def storage(self, uid: int) -> tuple[int, int, str]:
+        """Of a storage: the bytes that were asked for, the bytes that it takes, and its kind."""
+        return self._asked[uid], self._bytes[uid], self._kind.get(uid, "temporaries")
+
+    @property
+    def moment(self) -> int:
+        """How many births and deaths the current phase has seen; 0 outside of phases."""
+        return 0 if self._phase is None else len(self._phase.events)
+
     def _peak(self, phase: _Phase) -> Peak:
         now = sum(self._bytes[uid] for uid in phase.held)
         highest, moment = now, 0
@@ -151,6 +191,7 @@ class Tracker(TorchDispatchMode):
 
     def _born(self, size: int) -> int:
         self._uid += 1
+        self._asked[self._uid] = size
         rounding = cuda_semantics.ROUNDING if self.cuda else 1
         self._bytes[self._uid] = -(-size // rounding) * rounding
         return self._uid
@@ -166,7 +207,7 @@ class Tracker(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def fake_device(*, cuda: bool) -> Iterator[Tracker]:
+def fake_device(*, cuda: cuda_semantics.Device | bool) -> Iterator[Tracker]:
     """Tensors made inside have shapes but no data; with ``cuda`` they allocate as on a CUDA device.
 
     Build model, optimizer and batches inside, label them, then run phases::
@@ -180,5 +221,6 @@ def fake_device(*, cuda: bool) -> Iterator[Tracker]:
     """
     import bitsandbytes  # noqa: F401  # before: its tables are tensors, and must not be fake for the rest of the process
 
-    with FakeTensorMode(), cuda_semantics.emulated() if cuda else contextlib.nullcontext():
-        yield Tracker(cuda=cuda)
+    tracker = Tracker(cuda=cuda)
+    with FakeTensorMode(), cuda_semantics.emulated(tracker.cuda) if tracker.cuda else contextlib.nullcontext():
+        yield tracker

@@ -133,7 +133,7 @@ def test_attention_has_the_shape_and_dtype_of_its_queries_and_backward_that_of_i
 
 def test_everything_is_put_back() -> None:
     before = (F.dropout, F.softmax, F.scaled_dot_product_attention)
-    with pytest.raises(ZeroDivisionError), cuda_semantics.emulated():
+    with pytest.raises(ZeroDivisionError), cuda_semantics.emulated(cuda_semantics.Device()):
         assert before[0] is not F.dropout
         raise ZeroDivisionError
     assert (F.dropout, F.softmax, F.scaled_dot_product_attention) == before

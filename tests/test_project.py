@@ -20,7 +20,7 @@ FLOORS = (
     {"errors", "files", "hardware", "machine", "precision", "catalog", "chat"},
     {"backbone", "anatomy", "data", "runtime", "cross_entropy", "roofline"},
     {"methods", "placements"},
-    {"step", "recipe", "adapter", "evaluate", "checkpoint", "cuda_semantics", "trace", "work", "events", "ledger"},
+    {"step", "recipe", "adapter", "evaluate", "checkpoint", "cuda_semantics", "allocator", "trace", "work", "events", "ledger"},
     {"probe", "workspace", "train", "merge", "export"},
     {"plan", "deploy", "report"},
     {"planning", "pipeline", "tables"},
