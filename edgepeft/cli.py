@@ -58,12 +58,11 @@ def profiles(
 
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="One method.")] = None, as_json: Json = False) -> None:
-    """List the methods, or show the hyper-parameters of one."""
+    """List the methods by the survey's taxonomy, or show the hyper-parameters of one."""
     from edgepeft import tables
     from edgepeft.methods import base
 
-    kinds = [base.find(name)] if name else [base.find(each) for each in base.names()]
-    found = [base.describe(kind) for kind in kinds]
+    found = [base.describe(base.find(name))] if name else base.catalogue()
     if as_json:
         _print_json(found[0] if name else found)
     elif name:

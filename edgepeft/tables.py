@@ -77,17 +77,28 @@ def profile(each: Hardware) -> None:
 
 
 def methods(found: Sequence[Mapping[str, Any]]) -> None:
-    """All methods, a line each."""
-    table = Table("method", "kind", "merges", "paper", box=None, header_style="bold")
-    for each in found:
-        names = ", ".join([each["name"], *(f"{alias} (on {at})" for alias, at in each["aliases"].items())])
-        table.add_row(names, each["kind"], "yes" if each["merges"] else "no", each["paper"])
+    """All methods, a line each, by the survey's taxonomy."""
+    table = Table("method", "merges", *_SAVED, "costs at inference", box=None, header_style="bold")
+    table.add_column("paper", no_wrap=True, max_width=60)
+    for kind in dict.fromkeys(each["kind"] for each in found):
+        table.add_section()
+        table.add_row(kind, style="bold")
+        for each in (each for each in found if each["kind"] == kind):
+            names = ", ".join([each["name"], *(f"{alias} (on {at})" for alias, at in each["aliases"].items())])
+            marks = ["✓" if holds else "" for holds in (each["merges"], *(kind in each["saves"] for kind in _SAVED))]
+            table.add_row(f"  {names}", *marks, each["overhead"], each["paper"])
     _screen.print(table)
+    _screen.print("disk, memory, backpropagation: what it saves, compared with full fine-tuning.", style="dim")
+
+
+_SAVED = ("disk", "memory", "backpropagation")
 
 
 def method(each: Mapping[str, Any]) -> None:
     """One method with its hyper-parameters."""
+    merges = "it merges" if each["merges"] else f"it does not merge, and at inference costs {each['overhead']}"
     say(f"{each['name']} ({each['kind']}): {each['summary']}\n{each['paper']}")
+    say(f"It saves {', '.join(each['saves']) or 'nothing'}; {merges}.")
     table = Table("option", "default", "meaning", box=None, header_style="bold")
     for option in each["options"]:
         table.add_row(option["name"], repr(option["default"]), option["meaning"])

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import docs
 import tiny_t5
 from edgepeft.errors import EdgePeftError
 from edgepeft.files import sha256
+from edgepeft.methods import base
 from fetch import Package, downloaded, keep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,6 +150,20 @@ def test_smollm2_keeps_rope_digits_and_chat_template() -> None:
     )
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_the_methods_page_is_what_the_methods_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = docs.page()
+    for name in base.names():
+        assert f"\n## {name}\n" in made and f"(#{name})" in made
+    monkeypatch.setattr(docs, "PAGE", tmp_path / "methods.md")
+    with pytest.raises(EdgePeftError, match="not what the methods say"):
+        docs.main(["--check"])
+    docs.main([])
+    docs.main(["--check"])
+    (tmp_path / "methods.md").write_text(made.replace("LoRA", "LoRa", 1), encoding="utf-8")
+    with pytest.raises(EdgePeftError, match="not what the methods say"):
+        docs.main(["--check"])
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_name() -> None:

@@ -11,6 +11,8 @@ ruff check
 ruff format --check
 echo "== mypy"
 mypy
+echo "== docs"
+python tools/docs.py --check
 echo "== real data and models"
 python tools/data.py
 python tools/models.py

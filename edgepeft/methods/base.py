@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from edgepeft.backbone import Backbone
 from edgepeft.errors import EdgePeftError, UsageError, nearest
 from edgepeft.placements import selection
 from edgepeft.precision import StoredLinear, is_packed, pack, store_frozen
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Kind = Literal["additive", "selective", "reparametrised", "hybrid"]
 
@@ -54,7 +57,8 @@ class Stage:
             on the model as the stage before left it; when a run is resumed or an adapter loaded, on a fresh one, whose
             tensors are then replaced by the stored ones. So the shapes it makes must not depend on values.
         share: the stage's part of the run's updates, relative to the other stages'.
-        updates: a number of updates on top of the run's, instead of a share.
+        updates: a number of updates on top of the run's, instead of a share. A last stage of none changes, once
+            training is over, what the adapter holds.
         one_by_one: every update sees a single example.
     """
 
@@ -140,6 +144,10 @@ class Method(ABC):
                 states (targets, hidden) that the head reads. ``step.outputs`` computes them anew.
         """
         return None
+
+    def positions(self, configuration: PretrainedConfig) -> int:
+        """How many of the backbone's positions the method needs for tokens of its own; the input has the rest."""
+        return 0
 
     def after_update(self, model: nn.Module, progress: float) -> None:
         """Called after each update, while its gradients are still there.
@@ -306,3 +314,9 @@ def describe(method: type[Method]) -> dict[str, Any]:
         "learning_rate": method.learning_rate,
         "options": options,
     }
+
+
+def catalogue() -> list[dict[str, Any]]:
+    """All methods that come with edgepeft as plain data, by kind."""
+    kinds = get_args(Kind)
+    return sorted((describe(find(name)) for name in names()), key=lambda each: kinds.index(each["kind"]))
