@@ -38,6 +38,16 @@ def seconds(work: Mapping[str, Work], hardware: Hardware) -> float:
     return max(device, issuing) if hardware.kind == "cuda" else device + issuing
 
 
+def along(low: Mapping[str, Work], high: Mapping[str, Work], place: float) -> dict[str, Work]:
+    """Work between two traces, or beyond them: all of it is affine in depth and in microbatch. 0 is low, 1 is high."""
+    nothing = Work(0, 0, 0)
+    pairs = {kind: (low.get(kind, nothing), high.get(kind, nothing)) for kind in [*low, *(high.keys() - low.keys())]}
+    return {
+        kind: Work(*(max(0, round(a + place * (b - a))) for a, b in zip(one, other, strict=True)))
+        for kind, (one, other) in pairs.items()
+    }
+
+
 def job(updates: int, update_seconds: float, hardware: Hardware) -> Job:
     """Hours, energy and price of a number of updates."""
     hours = updates * update_seconds / 3600

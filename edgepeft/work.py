@@ -40,39 +40,49 @@ class Tally:
         """Count one call of a dispatcher operator."""
         if operator.namespace in ("prim", "profiler"):
             return
-        kind, flops, moved = _work(operator, args, kwargs, result)
+        kind, work = _work(operator, args, kwargs, result)
         sums = self._sums[kind]
-        sums[0] += 1
-        sums[1] += flops
-        sums[2] += moved
+        for index, value in enumerate(work):
+            sums[index] += value
 
     def work(self) -> dict[str, Work]:
         """What was counted."""
         return {kind: Work(*sums) for kind, sums in self._sums.items()}
 
 
-def _work(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> tuple[str, int, int]:
+def _work(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> tuple[str, Work]:
     packet = operator.overloadpacket
     if operator.is_view or packet in _FREE:
-        return "view", 0, 0
+        return "view", Work(1, 0, 0)
     inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
     outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     if packet in _ROWS:
-        return "elementwise", 0, 2 * _bytes(outputs)
+        return "elementwise", Work(1, 0, 2 * _bytes(outputs))
     moved = _bytes(inputs) + _bytes(outputs if outputs else _written(operator, args, kwargs))
     name = packet.__name__
     if operator.namespace == "bitsandbytes":
-        return "dequantize", 0, moved
+        return "dequantize", Work(1, 0, moved)
     if name.startswith(("_foreach_", "_fused_")):
-        return "optimizer", 0, moved
+        return "optimizer", Work(_launches(args), 0, moved)
     count = flop_registry.get(packet)
     if count is None:
-        return "elementwise", 0, moved
+        return "elementwise", Work(1, 0, moved)
     dtype = _DTYPES.get(inputs[0].dtype, "fp32")
-    flops = int(count(*args, **kwargs, out_val=result))
-    if _ATTENTION in name:
-        return f"attention.{dtype}", flops, moved
-    return f"{'thin' if _is_thin(inputs) else 'matmul'}.{dtype}", flops, moved
+    kind = "attention" if _ATTENTION in name else "thin" if _is_thin(inputs) else "matmul"
+    return f"{kind}.{dtype}", Work(1, int(count(*args, **kwargs, out_val=result)), moved)
+
+
+def _launches(args: tuple[Any, ...]) -> int:
+    """Kernels of an operator on lists of tensors, as ATen/native/cuda/MultiTensorApply.cuh of PyTorch 2.13 packs them.
+
+    A launch takes at most 320 blocks of 65,536 elements, and fewer tensors the more lists there are.
+    """
+    lists = [arg for arg in args if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor)]
+    if not lists:
+        return 1
+    most = (110, 64, 48, 36, 30)[min(len(lists), 5) - 1]
+    blocks = sum(-(-tensor.numel() // 65536) for tensor in lists[0])
+    return max(-(-len(lists[0]) // most), -(-blocks // 320))
 
 
 def _is_thin(inputs: Iterable[Tensor]) -> bool:
@@ -88,5 +98,10 @@ def _written(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """The tensors that an operator without results changes in place."""
     declared = operator._schema.arguments
     given = [*zip(declared, args, strict=False), *((each, kwargs.get(each.name)) for each in declared[len(args) :])]
-    changed = [value for each, value in given if each.alias_info is not None and each.alias_info.is_write]
+    changed = [
+        value
+        for each, value in given
+        if each.alias_info is not None and each.alias_info.is_write
+        if each.name != "grads"  # of fused optimizers, which write there only under a gradient scaler
+    ]
     return [leaf for leaf in tree_leaves(changed) if isinstance(leaf, Tensor)]
