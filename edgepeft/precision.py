@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from edgepeft.errors import UsageError, nearest
 
@@ -76,17 +77,17 @@ class _FrozenMatmul(torch.autograd.Function):
     """``x @ W.T`` with a stored W that is unpacked again in backward, so that no unpacked weight outlives a layer."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stored: StoredLinear, rounded: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, stored: StoredLinear, rounded: bool, bias: Tensor | None) -> Tensor:
         ctx.stored, ctx.dtype = stored, x.dtype
         dtype = matmul_dtype(x.dtype, x.device)
-        bias = None if stored.bias is None else stored.bias.to(dtype)
-        product = F.linear(x.to(dtype), stored.dequantize(dtype), bias)
+        product = F.linear(x.to(dtype), stored.dequantize(dtype), None if bias is None else bias.to(dtype))
         return product.to(x.dtype) if rounded else product
 
     @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
         dtype = matmul_dtype(grad[0].dtype, grad[0].device)
-        return (grad[0].to(dtype) @ ctx.stored.dequantize(dtype)).to(ctx.dtype), None, None
+        to_bias = grad[0].flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+        return (grad[0].to(dtype) @ ctx.stored.dequantize(dtype)).to(ctx.dtype), None, None, to_bias
 
 
 class _TrainedMatmul(torch.autograd.Function):
@@ -137,7 +138,7 @@ class StoredLinear(nn.Module):
 
     def forward(self, x: Tensor, *, rounded: bool = True) -> Tensor:
         """(..., in) to (..., out), in the dtype of x; if it need not be ``rounded``, in that of the arithmetic."""
-        return _FrozenMatmul.apply(x, self, rounded)
+        return _FrozenMatmul.apply(x, self, rounded, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -168,7 +169,7 @@ class NF4Linear(StoredLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias)
-        if _is_shape_only(weight):
+        if is_shape_only(weight):
             self._allocate(weight)
         else:
             self._quantize(weight)
@@ -225,7 +226,7 @@ class Int8Linear(StoredLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias)
-        if _is_shape_only(weight):
+        if is_shape_only(weight):
             packed, largest = (
                 weight.new_empty(weight.shape, dtype=torch.int8),
                 weight.new_empty(weight.shape[0]).float(),
@@ -247,25 +248,28 @@ def pack(linear: nn.Linear, precision: str) -> StoredLinear:
     return kind(linear.weight.detach(), linear.bias)
 
 
-Pack = Callable[[nn.Linear, str], StoredLinear]
-
-
 def pack_where(
-    model: nn.Module, precision: str, wanted: Callable[[str], bool], device: str | None, packing: Pack = pack
+    model: nn.Module,
+    wanted: Callable[[str], bool],
+    device: str | None,
+    packing: Callable[[str, nn.Linear], StoredLinear],
 ) -> None:
-    """Replace, in place and one at a time, every ``nn.Linear`` whose name is ``wanted``; it is packed on ``device``."""
+    """Replace, in place and one at a time, every ``nn.Linear`` whose name is ``wanted`` by its ``packing``.
+
+    It is moved to ``device`` before.
+    """
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and wanted(name):
-            model.set_submodule(name, packing(module.to(device) if device else module, precision))
+            model.set_submodule(name, packing(name, module.to(device) if device else module))
 
 
-def weight_of(linear: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight (out, in) of a linear layer, plain or stored."""
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight (out, in) that a linear layer, plain or stored, multiplies with, in the dtype of that product."""
     if isinstance(linear, StoredLinear):
-        return linear.dequantize(dtype)
+        return linear.dequantize(matmul_dtype(torch.bfloat16, next(linear.buffers()).device))
     plain: Any = linear
     weight: Tensor = plain.weight
-    return weight.to(dtype)
+    return weight
 
 
 def store_frozen(model: nn.Module) -> None:
@@ -281,8 +285,9 @@ def unpack(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace, in place, every stored layer by an ``nn.Linear`` with the weights it multiplied with, in ``dtype``."""
     for name, module in list(model.named_modules()):
         if isinstance(module, StoredLinear):
-            device = next(module.buffers()).device
-            weight = module.dequantize(matmul_dtype(torch.bfloat16, device)).to(dtype)
+            if parametrize.is_parametrized(module, "bias"):  # one that is trained: its fp32 master
+                parametrize.remove_parametrizations(module, "bias", leave_parametrized=False)
+            weight = weight_of(module).to(dtype)
             with torch.device("meta"):  # no time and memory spent on an initialisation that is thrown away
                 linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
             linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -311,7 +316,8 @@ def _head(model: Any) -> nn.Module | None:
     return model.get_output_embeddings()
 
 
-def _is_shape_only(tensor: Tensor) -> bool:
+def is_shape_only(tensor: Tensor) -> bool:
+    """Whether a tensor has no values to look at: when planning."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"

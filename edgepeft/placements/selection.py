@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from edgepeft.anatomy import Anatomy
+
 _PARAMETRIZED = ".parametrizations."
 
 
@@ -26,17 +28,37 @@ class _Master(nn.Module):
 
 
 def train(model: nn.Module, names: Iterable[str]) -> None:
-    """Make the named parameters trainable; those in half precision get an fp32 master."""
+    """Make the named parameters trainable; those in half precision get an fp32 master, a tied one the same all over."""
     for name in names:
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        parameter = getattr(module, leaf)
+        parameter = model.get_parameter(name)
         if parameter.dtype not in (torch.float16, torch.bfloat16):
             parameter.requires_grad_(True)
             continue
-        dtype = parameter.dtype
-        setattr(module, leaf, nn.Parameter(parameter.detach().float()))
-        parametrize.register_parametrization(module, leaf, _Master(dtype), unsafe=True)
+        master = nn.Parameter(parameter.detach().float())
+        for module, leaf in _owners(model, parameter):
+            setattr(module, leaf, master)
+            parametrize.register_parametrization(module, leaf, _Master(parameter.dtype), unsafe=True)
+
+
+def _owners(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    return [(m, leaf) for m in model.modules() for leaf, own in m._parameters.items() if own is parameter]
+
+
+def own(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """The parameters of the layers, norms, embeddings and token logits: all but what sits on them to classify."""
+    parts = [*(block.path for block in anatomy.blocks), *anatomy.norms, *embeddings(model)]
+    parts += [anatomy.unembedding] if anatomy.unembedding else []
+    return [name for name, _ in model.named_parameters() if any(name.startswith(f"{part}.") for part in parts)]
+
+
+def embeddings(model: nn.Module) -> list[str]:
+    """The modules that look vectors up: of tokens, positions and their like."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+
+
+def biases(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """The parameters that are added to what a linear layer or a norm makes; in T5 and Llama there are none."""
+    return [name for name in own(model, anatomy) if name.rpartition(".")[2] == "bias"]
 
 
 def recast(model: nn.Module, dtype: torch.dtype) -> None:
