@@ -85,6 +85,15 @@ class Anatomy:
         names = (name for block in self.blocks for role in wanted for name in block.linears.get(role, ()))
         return list(dict.fromkeys(names))
 
+    def roles(self, name: str) -> frozenset[str]:
+        """The roles of a linear layer; several if it is fused, none if it belongs to no block."""
+        return frozenset(role for block in self.blocks for role, names in block.linears.items() if name in names)
+
+    def sub_layers(self, kinds: Iterable[str]) -> list[SubLayer]:
+        """The sub-layers of these kinds, in the order in which the model computes them."""
+        wanted = set(kinds)
+        return [part for block in self.blocks for kind, part in block.sub_layers.items() if kind in wanted]
+
 
 @dataclass(frozen=True)
 class _Layout:

@@ -34,12 +34,10 @@ class Houlsby(Method):
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
         device = next(model.parameters()).device
-        for block in anatomy.blocks:
-            for kind in ("attention", "feed_forward"):
-                part = block.sub_layers[kind]
-                wide = bottleneck.width(model, part)
-                size = bottleneck.size(self.name, wide, self.reduction)
-                bottleneck.after(model, part, bottleneck.dense(wide, size, F.gelu, device))
+        for part in anatomy.sub_layers(("attention", "feed_forward")):
+            wide = bottleneck.width(model, part)
+            size = bottleneck.size(self.name, wide, self.reduction)
+            bottleneck.after(model, part, bottleneck.dense(wide, size, F.gelu, device))
 
     def merge(self, model: nn.Module) -> None:
         raise NotMergeable(f"{self.name} cannot be merged into the backbone.", bottleneck.CAUSE, bottleneck.REMEDY)

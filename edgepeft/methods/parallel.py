@@ -35,8 +35,7 @@ class Parallel(Method):
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
         device = next(model.parameters()).device
-        for block in anatomy.blocks:
-            part = block.sub_layers["feed_forward"]
+        for part in anatomy.sub_layers(("feed_forward",)):
             wide = bottleneck.width(model, part)
             size = bottleneck.size(self.name, wide, self.reduction)
             bottleneck.beside(model, part, bottleneck.dense_from_zero(wide, size, F.relu, device, self.scale))
