@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,9 @@ _LOADERS = {
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
+
+
+Packing = Callable[[nn.Linear, str, frozenset[str]], precision.StoredLinear]
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,7 @@ def load(
     seed: int = 0,
     padding: int | None = None,
     trust_remote_code: bool = False,
+    pack: Packing | None = None,
 ) -> Backbone:
     """Load a model for ``task`` at precision ``at``, frozen, on ``device``.
 
@@ -162,6 +166,7 @@ def load(
     Args:
         padding: the token that batches are padded with. A decoder classifies at the last token before it, and its
             configuration may name another one than its tokenizer.
+        pack: packs a linear layer with these roles at a precision, other than ``precision.pack`` does.
 
     Raises:
         UsageError: the model cannot be had, has no such task, or is of an unknown architecture.
@@ -185,7 +190,7 @@ def load(
     if padding is not None and task == "classification" and default_task(model.config) == "causal-lm":
         model.config.pad_token_id = padding
     missing, misshapen = set(info["missing_keys"]), {name for name, *_ in info["mismatched_keys"]}
-    made = _prepare(model, task, at, device, missing | misshapen | _head_parameters(model, task))
+    made = _prepare(model, task, at, device, missing | misshapen | _head_parameters(model, task), pack)
     if task == "classification":  # the checkpoint of a language model has no head, and may have no pooler
         misshapen -= _head_parameters(model, task)
         missing = {name for name in missing if any(name.startswith(f"{b.path}.") for b in made.anatomy.blocks)}
@@ -198,7 +203,9 @@ def load(
     return made
 
 
-def skeleton(configuration: PretrainedConfig, *, task: str, at: str, labels: int = 2) -> Backbone:
+def skeleton(
+    configuration: PretrainedConfig, *, task: str, at: str, labels: int = 2, pack: Packing | None = None
+) -> Backbone:
     """The same as ``load`` without weights; call it under a fake-tensor mode or on the meta device, for planning."""
     import transformers
 
@@ -213,7 +220,7 @@ def skeleton(configuration: PretrainedConfig, *, task: str, at: str, labels: int
             str(error).splitlines()[0],
             f"Its usual task is {default_task(configuration)}.",
         ) from error
-    return _prepare(model, task, at, None, _head_parameters(model, task))
+    return _prepare(model, task, at, None, _head_parameters(model, task), pack)
 
 
 def save(model: PreTrainedModel, directory: Path, tokens: PreTrainedTokenizerFast) -> None:
@@ -234,7 +241,9 @@ def save(model: PreTrainedModel, directory: Path, tokens: PreTrainedTokenizerFas
 
 def repack(model: PreTrainedModel, parts: anatomy.Anatomy, at: str) -> None:
     """Pack the layers of an unpacked model that ``load`` would have packed."""
-    precision.pack_where(model, at, lambda name: _may_be_packed(name, parts, model), None)
+    precision.pack_where(
+        model, lambda name: _may_be_packed(name, parts, model), None, lambda name, linear: precision.pack(linear, at)
+    )
 
 
 def _head_parameters(model: PreTrainedModel, task: str) -> set[str]:
@@ -245,7 +254,9 @@ def _head_parameters(model: PreTrainedModel, task: str) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) not in base}
 
 
-def _prepare(model: PreTrainedModel, task: str, at: str, device: str | None, fresh: set[str]) -> Backbone:
+def _prepare(
+    model: PreTrainedModel, task: str, at: str, device: str | None, fresh: set[str], pack: Packing | None
+) -> Backbone:
     if task == "causal-lm" and default_task(model.config) == "classification" and not model.config.is_decoder:
         raise UsageError(
             f"A {model.config.model_type} model cannot be used for causal-lm.",
@@ -260,7 +271,12 @@ def _prepare(model: PreTrainedModel, task: str, at: str, device: str | None, fre
     model.eval()
     parts = anatomy.find(model)
     if precision.is_packed(at):
-        precision.pack_where(model, at, lambda name: _may_be_packed(name, parts, model), device)
+        precision.pack_where(
+            model,
+            lambda name: _may_be_packed(name, parts, model),
+            device,
+            lambda name, linear: pack(linear, at, parts.roles(name)) if pack else precision.pack(linear, at),
+        )
     if device is not None:
         model.to(device)
     return Backbone(model, parts, task, at, frozenset(fresh))

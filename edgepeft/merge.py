@@ -39,8 +39,8 @@ def merge(
     """Merge a trained model into a Hugging Face folder ``out``, in fp32.
 
     A packed backbone is merged twice: into the dequantised weights that the adapter was trained against, and into the
-    original ones. Both are measured and the better is kept. What packing the merged weights again would do is measured
-    too.
+    original ones, unless the method packed them for itself and its adapter fits no others. Both are measured and the
+    better is kept. What packing the merged weights again would do is measured too.
 
     Args:
         backbone: with the trained adapter in it; it is consumed.
@@ -58,7 +58,7 @@ def merge(
     into = "dequantised" if precision.is_packed(at) else at
     merged, row = _merged(backbone, method, f"merged-{into}", batches)
     rows, kept = [row], merged
-    if precision.is_packed(at):
+    if precision.is_packed(at) and not method.packs_its_own:
         other, row = _merged(original(), method, "merged-original", batches)
         rows.append(row)
         if better(backbone.task, row.metrics, rows[0].metrics):

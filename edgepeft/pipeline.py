@@ -123,6 +123,9 @@ class _Job:
             self.say("base: measuring the model as it is")
             batches = training.validation_batches(self.data, self.recipe)
             ledger.record(self.space.ledger, Row(artefact="base", metrics=evaluate(plain.model, batches), kept=False))
+        if method.packs_its_own:
+            del plain
+            plain = self._load(self._needs("precision"), method.pack)
         torch.manual_seed(self.recipe.seed)
         base.apply(method, plain)
         trainable = sum(parameter.numel() for parameter in adapter.trained(plain.model).values())
@@ -182,10 +185,15 @@ class _Job:
 
     def _max_tokens(self, wanted: Recipe) -> int:
         most = backbone.positions(self.config)
+        taken = 0
+        if wanted.method is not None and most is not None:
+            taken = base.create(wanted.method, wanted.options).positions(self.config)
+            most = max(most - taken, 1)
         if wanted.max_tokens is not None and most is not None and wanted.max_tokens > most:
             raise UsageError(
                 f"{wanted.model} cannot read {wanted.max_tokens} tokens.",
-                f"It has {most} positions.",
+                f"It has {most + taken} positions"
+                + (f", of which {wanted.method} needs {taken} for its own." if taken else "."),
                 f"Use --seq-len {most} or less.",
             )
         return wanted.max_tokens or min(DEFAULT_TOKENS, most or DEFAULT_TOKENS)
@@ -230,7 +238,7 @@ class _Job:
             "hardware": self.hardware.name,
         }
 
-    def _load(self, at: str) -> Backbone:
+    def _load(self, at: str, pack: backbone.Packing | None = None) -> Backbone:
         return backbone.load(
             self.source,
             task=self.data.task,
@@ -240,12 +248,14 @@ class _Job:
             seed=self.recipe.seed,
             padding=pad_id(self.tokenizer),
             trust_remote_code=self.recipe.trust_remote_code,
+            pack=pack,
         )
 
     def _trained(self, at: str) -> Backbone:
         """The backbone at a precision, with the trained adapter in it."""
-        loaded = self._load(at)
-        base.complete(base.create(self._needs("method"), self.recipe.options), loaded)
+        method = base.create(self._needs("method"), self.recipe.options)
+        loaded = self._load(at, method.pack)
+        base.complete(method, loaded)
         adapter.load(self.space.adapter, loaded.model)
         loaded.model.eval()
         return loaded

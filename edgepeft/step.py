@@ -97,9 +97,13 @@ class TrainingStep:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def backward(self, microbatches: Sequence[Batch], lr: float) -> Tensor:
-        """Leave the gradients of the mean loss, and of the penalty, in place and return that loss, a scalar."""
+        """Leave the gradients of the mean loss, and of the penalty, in place and return that loss, a scalar.
+
+        Args:
+            lr: the learning rate; a parameter group may have a multiple of it, its ``lr_scale``.
+        """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         count = sum(targets(batch).numel() for batch in microbatches)
         device = self.trained[0].device
         total = torch.zeros((), device=device)

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -60,6 +60,7 @@ class Stage:
         updates: a number of updates on top of the run's, instead of a share. A last stage of none changes, once
             training is over, what the adapter holds.
         one_by_one: every update sees a single example.
+        clips: gradients are clipped to the recipe's norm; not where they are measured.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Stage:
     share: float = 1.0
     updates: int | None = None
     one_by_one: bool = False
+    clips: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +158,17 @@ class Method(ABC):
             progress: the share of the stage's updates that are done, above 0 and up to 1.
         """
 
-    def pack(self, linear: nn.Linear, at: str) -> StoredLinear:
-        """A packed copy of a linear layer of the backbone, made while it is loaded, before ``inject``."""
+    @property
+    def packs_its_own(self) -> bool:
+        """Whether ``pack`` makes weights that belong to this method's adapters alone."""
+        return False
+
+    def pack(self, linear: nn.Linear, at: str, roles: Collection[str]) -> StoredLinear:
+        """A packed copy of a linear layer of the backbone, made while it is loaded, before ``inject``.
+
+        Args:
+            roles: those of ``anatomy.ROLES`` that the layer has.
+        """
         return pack(linear, at)
 
 

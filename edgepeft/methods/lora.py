@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,8 @@ from torch.nn import functional as F
 
 from edgepeft import precision
 from edgepeft.anatomy import ROLES, Anatomy
-from edgepeft.errors import UsageError, nearest
 from edgepeft.methods.base import Method, Paper
-from edgepeft.placements import delta, selection
+from edgepeft.placements import delta, loftq, selection, targets
 
 
 class LowRank(delta.Additive):
@@ -40,7 +40,11 @@ class LowRank(delta.Additive):
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
-    """W + (alpha / rank) · B A, with B starting at zero, so that training starts at the backbone."""
+    """W + (alpha / rank) · B A, with B starting at zero, so that training starts at the backbone.
+
+    With LoftQ, training starts at a packed backbone plus the best low-rank repair of what packing lost. Such an adapter
+    belongs to weights that were packed for it; they are packed anew, and equally, whenever it is loaded.
+    """
 
     paper = Paper("LoRA: Low-Rank Adaptation of Large Language Models", 2021, "2106.09685")
     kind = "reparametrised"
@@ -55,25 +59,62 @@ class LoRA(Method):
     """Probability with which an input feature of the change is dropped in training."""
     targets: tuple[str, ...] = ROLES
     """Roles of the linear layers that are changed; all of them is what QLoRA found best (arXiv 2305.14314)."""
+    rank_stabilised: bool = False
+    """Scale by alpha / √rank instead, with which high ranks learn as fast as low ones (rsLoRA, arXiv 2312.03732)."""
+    ratio: float = 1.0
+    """Learning rate of B over that of A; above 1 this is LoRA+ (arXiv 2402.12354), which suggests 16."""
+    loftq: int = 0
+    """Alternations of LoftQ's initialisation (arXiv 2310.08659), which tries 1 to 5; needs a packed precision."""
 
     def __post_init__(self) -> None:
         self.require(self.rank >= 1, "rank", "at least 1")
         self.require(0 <= self.dropout < 1, "dropout", "a probability below 1")
+        self.require(self.ratio > 0, "ratio", "above 0")
+        self.require(self.loftq >= 0, "loftq", "0 or more")
+
+    @property
+    def packs_its_own(self) -> bool:
+        return self.loftq > 0
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
-        for role in self.targets:
-            if role not in ROLES:
-                raise UsageError(f"lora: there is no target {role!r}.", "", nearest(role, ROLES))
-        names = anatomy.linears(self.targets)
-        if not names:
-            raise UsageError(
-                "lora: its targets match no layer of this model.",
-                f"The model has none with the roles {', '.join(self.targets)}.",
-                f"It has {', '.join(sorted({role for block in anatomy.blocks for role in block.linears}))}.",
-            )
-        for name in names:
+        for name in targets.linears(self.name, anatomy, self.targets):
             linear: Any = model.get_submodule(name)
-            delta.attach(linear, LowRank(linear, self.rank, self.alpha / self.rank, self.dropout))
+            change = LowRank(linear, self.rank, self.scale, self.dropout)
+            if "start" in vars(linear):
+                a, b = vars(linear).pop("start")
+                with torch.no_grad():
+                    change.a.copy_(a)
+                    change.b.copy_(b / self.scale)
+            delta.attach(linear, change)
+
+    def pack(self, linear: nn.Linear, at: str, roles: Collection[str]) -> precision.StoredLinear:
+        if not self.loftq or not set(roles) & set(self.targets):
+            return super().pack(linear, at, roles)
+        rank = min(self.rank, linear.in_features, linear.out_features)
+        packed, a, b = loftq.alternate(linear, at, rank, self.loftq)
+        vars(packed)["start"] = (a, b)  # not registered: it is no part of the backbone, and inject takes it away
+        return packed
+
+    def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        made = super().optimizer(model, lr, weight_decay)
+        faster = {id(module.b) for module in model.modules() if isinstance(module, LowRank)}
+        if self.ratio == 1:
+            return made
+        groups = [
+            {**group, "params": part, "lr_scale": scale}
+            for group in made.param_groups
+            for scale, part in (
+                (1.0, [p for p in group["params"] if id(p) not in faster]),
+                (self.ratio, [p for p in group["params"] if id(p) in faster]),
+            )
+            if part
+        ]
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
 
     def merge(self, model: nn.Module) -> None:
         delta.fold(model)
