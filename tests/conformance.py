@@ -62,7 +62,7 @@ def train(model: nn.Module, method: Method, stage: Stage, batch: step.Batch, upd
         penalty=method.penalty,
         after_update=method.after_update,
     )
-    losses = []
+    losses: list[float] = []
     model.train()
     for _ in range(updates):
         losses.append(trainer.backward([batch], rate).item())

@@ -45,8 +45,9 @@ def test_trains_and_is_saved_and_merged(name: str, family: str, at: str, tmp_pat
     for made, method, stage in stages(family, name, at):
         model = made.model
         frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-        before = evaluate(model, [batch])["loss"]
-        train(model, method, stage, batch, UPDATES)
+        if stage.updates != 0:
+            before = evaluate(model, [batch])["loss"]
+        train(model, method, stage, batch, UPDATES if stage.updates is None else min(UPDATES, stage.updates))
         for n, p in model.named_parameters():
             assert p.requires_grad or torch.equal(p, frozen[n]), f"{n} is frozen and changed"
     assert evaluate(model, [batch])["loss"] < 0.995 * before
@@ -178,6 +179,8 @@ def test_goes_on_from_a_checkpoint_in_every_stage(name: str, tmp_path: Path) -> 
     family = home(name)
     batch, run = tiny.batch(family), stages(family, name)
     for number, (made, method, stage) in enumerate(run):
+        if stage.updates == 0:
+            continue  # it ends where it begins
         model, optimizer, folder = made.model.train(), stage.optimizer(made.model, 1e-3, 0.0), tmp_path / str(number)
         train_with(model, method, optimizer, batch)
         left = checkpoint.save(folder, model, optimizer, {"step": 1})

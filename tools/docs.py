@@ -19,7 +19,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 HEAD = """# Methods
 
 Made by `python tools/docs.py` from the files in `edgepeft/methods/`. Kinds are those of the survey (Lialin et al.,
-arXiv 2303.15647). What a method saves is compared with full fine-tuning: *disk* for what it leaves, *memory* in training,
+arXiv 2303.15647). What a method saves is compared with full tuning: *disk* for what it leaves, *memory* in training,
 *backpropagation* through the backbone. A method that merges costs nothing at inference: it becomes part of the weights.
 """
 
