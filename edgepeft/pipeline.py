@@ -180,6 +180,7 @@ class _Job:
         else:
             whole = self._trained(self._needs("precision"))
             merging.to_full_precision(whole.model)
+            base.create(self._needs("method"), self.recipe.options).condense(whole.model)
         deploy.deploy(whole.model, self.recipe, self.data, self.tokenizer, self.space, self.say)
         self.space.finish("export", inputs)
 

@@ -121,6 +121,12 @@ class Method(ABC):
         """
         selection.fold(model)
 
+    def condense(self, model: nn.Module) -> None:
+        """Replace what only training needs, in a model that cannot be merged, by what computes the same for less.
+
+        It is called once, on an unpacked fp32 model in evaluation mode, before that is exported.
+        """
+
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """AdamW (arXiv 1711.05101) over what is trained, without decay on vectors.
 
