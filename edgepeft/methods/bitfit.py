@@ -1,0 +1,33 @@
+"""BitFit: only the biases are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from edgepeft.anatomy import Anatomy
+from edgepeft.errors import UsageError
+from edgepeft.methods.base import Method, Paper
+from edgepeft.placements import selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitFit(Method):
+    """Train what linear layers and norms add; it is then part of the model, at no cost."""
+
+    paper = Paper(
+        "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models", 2021, "2106.10199"
+    )
+    kind = "selective"
+    learning_rate = 1e-3
+
+    def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
+        names = selection.biases(model, anatomy)
+        if not names:
+            raise UsageError(
+                "bitfit finds no biases in this model.",
+                "Its linear layers and norms add none, as in T5, whose relative attention bias is an embedding, and Llama.",
+                "Use --method ln_tuning, which trains as little, or --method lora.",
+            )
+        selection.train(model, names)
