@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -193,7 +194,8 @@ class _Run:
             log.write("start", 0, total_steps=self.total, **start)
         else:
             log.write("resume", self.progress.step)
-        before = signal.signal(signal.SIGINT, self._interrupt) if _in_main_thread() else None
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, self._interrupt) if main else None
         try:
             self._loop(log)
             return self._finish(log)
@@ -341,7 +343,7 @@ class _Run:
     def _evaluate(self, log: events.EventLog) -> None:
         metrics = evaluate(self.model, validation_batches(self.data, self.recipe))
         self._finite(metrics["loss"], "validation loss", self.progress.step)
-        last = self.leg == len(self.legs) - 1  # an adapter is what the last stage trains
+        last = self.legs[self.leg].last == self.total  # an adapter is what the last stage trains
         best = last and better(self.backbone.task, metrics, self.progress.best)
         if best:
             adapter.save(self.out / "checkpoints" / "best", self.model, self.card)
@@ -353,6 +355,8 @@ class _Run:
 
     def _finish(self, log: events.EventLog) -> Trained:
         adapter.load(self.out / "checkpoints" / "best", self.model)
+        while self.leg < len(self.legs) - 1:  # a last stage without updates
+            self._next_leg()
         adapter.save(self.out / "adapter", self.model, self.card)
         self.model.eval()
         assert self.progress.best is not None
@@ -393,9 +397,3 @@ def _check_gradients(model: nn.Module) -> None:
             "They would never change; the method and this model do not fit each other.",
             "Please report it with the recipe; another method will work meanwhile.",
         )
-
-
-def _in_main_thread() -> bool:
-    import threading
-
-    return threading.current_thread() is threading.main_thread()

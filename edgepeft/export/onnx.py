@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from edgepeft.errors import EdgePeftError
 from edgepeft.export.translate import Axes, Graph, write
 from edgepeft.files import atomic_directory
+from edgepeft.placements import prompt
 
 # Sizes of the traced example. They differ and exceed one: a size of one, or two that agree, may be taken for a law.
 BATCH, TOKENS, PAST, SOURCE = 2, 4, 5, 7
@@ -46,7 +47,7 @@ def export(model: nn.Module, task: str, directory: Path) -> list[Path]:
             "Merge it first (edgepeft merge), or call model.float().eval().",
         )
     builders = {"classification": _classification, "causal-lm": _causal_lm, "seq2seq": _seq2seq}
-    with torch.no_grad():
+    with torch.no_grad(), prompt.held(model):
         graphs = builders[task](model)
         with atomic_directory(directory) as folder:
             for graph in graphs:
@@ -133,7 +134,7 @@ class _Decoder(nn.Module):
         cache = EncoderDecoderCache(_cache(past), _cache(cross))
         for layer in range(len(cross) // 2):
             cache.is_updated[layer] = True
-        unread = encoder_attention_mask[..., None].to(cross[0].dtype).expand(-1, -1, self.width)
+        unread = cross[0][:, 0, :, :1].expand(-1, -1, self.width)
         output = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=unread),
             attention_mask=encoder_attention_mask,
@@ -170,6 +171,7 @@ def _seq2seq(model: nn.Module) -> list[Graph]:
     ids, mask = _example(model, SOURCE)
     output = model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids[:, :2], use_cache=True)
     own, cross = output.past_key_values.self_attention_cache, output.past_key_values.cross_attention_cache
+    states = output.encoder_last_hidden_state.shape[1]  # a prompt makes the encoder give more than it is given
     source: Axes = {0: "batch", 1: "source"}
     encoder = Graph(
         "encoder",
@@ -184,7 +186,7 @@ def _seq2seq(model: nn.Module) -> list[Graph]:
             "decoder_input_ids": (ids[:, :TOKENS], {0: "batch", 1: "tokens"}),
             "encoder_attention_mask": (mask, source),
             **_cache_inputs("past_key_values", own, PAST, "past"),
-            **_cache_inputs("cross", cross, SOURCE, "source"),
+            **_cache_inputs("cross", cross, states, "source" if states == SOURCE else "states"),
         },
         ["logits", *_cache_names("present", own)],
     )

@@ -158,7 +158,7 @@ def split_widening(layer: nn.Module, ladder: Ladder, width: int) -> None:
     layer.register_forward_pre_hook(_narrow_encoder_states, with_kwargs=True)
 
 
-def _named(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def named(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a layer's call by name."""
     return {**dict(zip(inspect.signature(type(layer).forward).parameters, (layer, *args), strict=False)), **kwargs}
 
@@ -172,7 +172,7 @@ def _enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 def _climb(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     rung: Any = layer.get_submodule(CHILD)
     hidden = output if isinstance(output, Tensor) else output[0]
-    arguments = _named(layer, args, kwargs)
+    arguments = named(layer, args, kwargs)
     for name in ("self", "hidden_states", "use_cache"):
         arguments.pop(name, None)
     if not isinstance(output, Tensor) and "position_bias" in arguments:  # T5: the first layer computes them for all
@@ -193,14 +193,14 @@ def _cross(norm: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
 
 
 def _narrow_encoder_states(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    named = _named(layer, args, kwargs)
-    named.pop("self")
-    wide = named.get("encoder_hidden_states")
+    given = named(layer, args, kwargs)
+    given.pop("self")
+    wide = given.get("encoder_hidden_states")
     if wide is not None:  # the backbone's part is frozen: detached, so that no graph grows through its cross-attention
         ladder, width = layer.widening  # type: ignore[misc]
         ladder.encoder = wide[..., width:]
-        named["encoder_hidden_states"] = wide.detach()[..., :width]
-    return (), named
+        given["encoder_hidden_states"] = wide.detach()[..., :width]
+    return (), given
 
 
 def _make_room(cache: Any, beside: int, index: int) -> None:

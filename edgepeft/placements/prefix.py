@@ -1,0 +1,141 @@
+"""Trained keys and values before those of attentions: prefixes, plain or made by a network, weighed by gates or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgepeft import precision
+from edgepeft.anatomy import Anatomy
+from edgepeft.backbone import default_task
+from edgepeft.placements import attention
+from edgepeft.placements.attention import CHILD, SHARES, Site, States
+from edgepeft.placements.positions import check, shift
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+STD = 0.02  # of what starts random, as in BERT, GPT-2 and the prefix tuning of their authors
+
+# Why prefixes and prompts cannot be merged, and what to do: for NotMergeable.
+CAUSE = "They are tokens that every other token attends to, and no weight of the backbone can stand for a token."
+REMEDY = "It is exported to ONNX together with the backbone."
+
+
+class Plain(nn.Module):
+    """Keys and values that are trained themselves, kept in fp32."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = nn.Parameter(keys), nn.Parameter(values)
+
+    def forward(self) -> States:
+        return self.keys, self.values
+
+
+class Trunk(nn.Module):
+    """What the prefixes of one group of attentions share: tokens, and the narrow layer of the network they go through.
+
+    Li and Liang (arXiv 2101.00190), section 4.3: a prefix trained directly is unstable.
+    """
+
+    def __init__(self, length: int, hidden: int, bottleneck: int, device: torch.device) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(length, hidden, device=device) * STD)
+        self.down = nn.Linear(hidden, bottleneck, device=device)
+
+    def forward(self) -> Tensor:
+        """(length, bottleneck)."""
+        return torch.tanh(self.down(self.tokens))
+
+
+class Reparametrised(nn.Module):
+    """Keys and values as linear functions of a trunk."""
+
+    def __init__(self, trunk: Trunk, width: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.up = nn.Linear(trunk.down.out_features, 2 * width, device=trunk.tokens.device)
+
+    def forward(self) -> States:
+        keys, values = self.up(self.trunk()).chunk(2, dim=-1)
+        return keys, values
+
+
+class Gate(nn.Module):
+    """The log of a gate in (0, 1) for each query and each of some prefix tokens: log sigmoid(x Wᵀ + b)."""
+
+    def __init__(self, hidden: int, tokens: int, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(tokens, hidden, device=device) * STD)
+        self.bias = nn.Parameter(torch.zeros(tokens, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, queries, hidden) to (batch, queries, tokens), fp32."""
+        return F.logsigmoid(precision.linear(x, self.weight).float() + self.bias)
+
+
+def attach(method: str, model: Any, anatomy: Anatomy, where: Sequence[Site], length: int, bottleneck: int) -> None:
+    """Put a prefix of ``length`` tokens before each attention of ``where``.
+
+    In decoders the input's positions begin behind it, as in its authors' code and in HF PEFT.
+
+    Args:
+        bottleneck: width of the network that makes the prefix, one for each group of attentions; 0 for none.
+
+    Raises:
+        UsageError: a decoder's prefix leaves no positions to the input.
+    """
+    decoder = attention.is_causal_decoder(model, anatomy)
+    if decoder:
+        check(method, length, model.config)
+    device = next(model.parameters()).device
+    trunks: dict[tuple[int, bool], Trunk] = {}
+    for site in where:
+        module = model.get_submodule(site.path)
+        made: nn.Module
+        if bottleneck:
+            if site.group not in trunks:
+                trunks[site.group] = Trunk(length, site.hidden, bottleneck, device)
+            made = Reparametrised(trunks[site.group], site.width)
+        else:
+            keys, values = torch.randn(2, length, site.width, device=device) * STD
+            made = Plain(keys, values)
+        module.add_module(CHILD, made)
+        attention.reads_more(module)
+    if decoder:
+        shift(model.get_submodule(anatomy.stacks[0].owner), length)
+
+
+def positions(length: int, configuration: PretrainedConfig) -> int:
+    """How many of a backbone's positions a prefix takes: a decoder's its length, others' none."""
+    return length if default_task(configuration) == "causal-lm" else 0
+
+
+def weigh(module: nn.Module, gate: nn.Module) -> None:
+    """Let ``gate`` weigh the prefix of an attention, from what the attention's queries are made of.
+
+    A gate of 0 takes its token out of the attention, one of 1 leaves it as it is.
+    """
+    module.add_module("gate", gate)
+    module.register_forward_pre_hook(_weigh, with_kwargs=True)
+
+
+def collapse(model: nn.Module, anatomy: Anatomy) -> None:
+    """Replace every network by the plain prefix that it makes, which is trained from then on."""
+    for module in list(model.modules()):
+        made = getattr(module, CHILD, None)
+        if isinstance(made, Reparametrised):
+            with torch.no_grad():
+                keys, values = made()
+            setattr(module, CHILD, Plain(keys.contiguous(), values.contiguous()))
+
+
+def _weigh(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    gate: Any = module.gate
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return args, {**kwargs, SHARES: gate(hidden)}
