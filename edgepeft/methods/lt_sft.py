@@ -1,0 +1,56 @@
+"""LT-SFT: full fine-tuning finds the entries that change most; rewound, only they are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from edgepeft.anatomy import Anatomy
+from edgepeft.methods.base import Method, Paper, Stage
+from edgepeft.placements import change, selection, sparse
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTSFT(Method):
+    """The lottery ticket of a fine-tuning: the entries furthest from where they started, trained again from there.
+
+    The first stage trains the change of every weight, embeddings too, so that it takes the memory of full tuning. A
+    classifier's head is dense in both stages and is not rewound.
+    """
+
+    paper = Paper("Composable Sparse Fine-Tuning for Cross-Lingual Transfer", 2022, "2110.07560")
+    kind = "selective"
+    writes_backbone = True
+    saves = ("disk",)
+    learning_rate = 5e-5
+    narrow = {"density": 0.2}
+
+    density: float = 0.01
+    """Share of the weights that are trained in the end; the authors' code has 0.01."""
+
+    def __post_init__(self) -> None:
+        self.require(0 < self.density < 1, "density", "a share between 0 and 1")
+
+    def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
+        for place in change.places(model, selection.own(model, anatomy)):
+            change.put(place, change.Dense(place.tensor))
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (
+            Stage(name="full", optimizer=self.optimizer),
+            Stage(name="sparse", optimizer=self.optimizer, begin=self._rewind),
+        )
+
+    def merge(self, model: nn.Module) -> None:
+        sparse.fold(model)
+        selection.fold(model)
+
+    def _rewind(self, model: nn.Module, anatomy: Anatomy) -> None:
+        sparse.keep(model, change.changed(model), self.density, _distance)
+
+
+def _distance(place: change.Place) -> torch.Tensor:
+    assert isinstance(place.change, change.Dense)
+    return place.change.delta.abs()
