@@ -37,7 +37,7 @@ def chunks(positions: int, vocabulary: int) -> list[slice]:
     return [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(positions, vocabulary) in fp32."""
     dtype = matmul_dtype(hidden.dtype, hidden.device)
     if dtype is hidden.dtype:
@@ -49,7 +49,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits.add_(bias)
 
 
-def _times(gradient: Tensor, weight: Tensor) -> Tensor:
+def times(gradient: Tensor, weight: Tensor) -> Tensor:
     """(positions, vocabulary) in fp32 times the weight: (positions, width) in the weight's dtype."""
     dtype = matmul_dtype(weight.dtype, weight.device)
     if dtype is weight.dtype:
@@ -76,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias) if needs_bias and bias is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for part in chunks(len(hidden), len(weight)):
-            logits = _logits(hidden[part], weight, bias)
+            logits = logits_of(hidden[part], weight, bias)
             slope = None
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_()
@@ -92,7 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if slope is not None:
                 gradient.mul_(slope)
             if grad_hidden is not None:
-                grad_hidden[part] = _times(gradient, weight)
+                grad_hidden[part] = times(gradient, weight)
             gradient = gradient.to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight.addmm_(gradient.t(), hidden[part])

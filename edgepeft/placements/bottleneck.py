@@ -8,34 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from edgepeft.anatomy import Block, SubLayer
 from edgepeft.errors import UsageError
+from edgepeft.placements.projection import Projection, near_zero
 
 CHILD, TAP = "bottleneck", "tap"
-STD = 0.01  # of weights that start near zero: Houlsby et al., section 3.6, found 1e-7 to 1e-2 to do equally well
 
 # Why what is placed here cannot be merged, and what to do: for NotMergeable.
 CAUSE = "An adapter bends what it reads (a nonlinearity), which no weight of the backbone can stand for."
 REMEDY = "It is exported to ONNX together with the backbone."
 
 Activation = Callable[[Tensor], Tensor]
-
-
-class Projection(nn.Module):
-    """x Wᵀ + b with W (out, in) in fp32, cast to the dtype of x when used; W starts near zero, b at zero."""
-
-    def __init__(self, wide_in: int, wide_out: int, device: torch.device) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(wide_out, wide_in, device=device))
-        self.bias = nn.Parameter(torch.zeros(wide_out, device=device))
-        nn.init.normal_(self.weight, std=STD)
-        with torch.no_grad():
-            self.weight.clamp_(-2 * STD, 2 * STD)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class Bottleneck(nn.Module):
@@ -52,16 +36,18 @@ class Bottleneck(nn.Module):
 
 def dense(width: int, size: int, activation: Activation, device: torch.device) -> Bottleneck:
     """A bottleneck of two full projections that starts near zero, and so its layer near the backbone's."""
-    return Bottleneck(Projection(width, size, device), Projection(size, width, device), activation)
+    down = Projection(near_zero(size, width, device=device), torch.zeros(size, device=device))
+    up = Projection(near_zero(width, size, device=device), torch.zeros(width, device=device))
+    return Bottleneck(down, up, activation)
 
 
 def dense_from_zero(
     width: int, size: int, activation: Activation, device: torch.device, scale: float = 1.0
 ) -> Bottleneck:
     """A bottleneck that starts exactly at zero, as LoRA does: the first projection random, the second zero."""
-    down, up = Projection(width, size, device), Projection(size, width, device)
+    down = Projection(torch.empty(size, width, device=device), torch.zeros(size, device=device))
+    up = Projection(torch.zeros(width, size, device=device), torch.zeros(width, device=device))
     nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-    nn.init.zeros_(up.weight)
     return Bottleneck(down, up, activation, scale)
 
 

@@ -1,0 +1,44 @@
+"""Compacter++: Compacter without the bottlenecks after attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from edgepeft.anatomy import Anatomy
+from edgepeft.methods.base import Method, NotMergeable, Paper
+from edgepeft.placements import bottleneck, hypercomplex, projection
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompacterPlusPlus(Method):
+    """h → h + up(gelu(down(h))) after the feed-forward alone; half of Compacter's parameters."""
+
+    paper = Paper("Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", 2021, "2106.04647")
+    kind = "additive"
+    merges = False
+    overhead = "a bottleneck in a layer"
+    narrow = {"reduction": 8, "n": 2}
+    learning_rate = 3e-3
+
+    reduction: int = 32
+    """How many times narrower a bottleneck is than the backbone."""
+    n: int = 4
+    """Kronecker products in a sum, and rows and columns of the small matrices; divides hidden size and bottleneck."""
+    rank: int = 1
+    """Rank of the large matrices."""
+
+    def __post_init__(self) -> None:
+        for option in ("reduction", "n", "rank"):
+            self.require(getattr(self, option) >= 1, option, "at least 1")
+
+    def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
+        parts = anatomy.sub_layers(("feed_forward",))
+        hypercomplex.share(model, parts, self.name, self.reduction, self.n, self.rank)
+
+    def merge(self, model: nn.Module) -> None:
+        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", bottleneck.CAUSE, bottleneck.REMEDY)
+
+    def condense(self, model: nn.Module) -> None:
+        projection.condense(model)
