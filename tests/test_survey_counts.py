@@ -30,7 +30,11 @@ ROWS: dict[str, tuple[str, dict[str, Any], tuple[float, float, float]]] = {
         (2.36, 3.93, 20.05),
     ),
     "LoRA (all linear)": ("lora", {"rank": 8}, (8.65, 25.17, 91.23)),
-    "KronA": ("krona", {}, (0.22, 0.41, 0.77)),
+    "KronA": (  # HF peft's LoKr: of the Kronecker factors, the larger is itself of rank 8
+        "krona",
+        {"rank": 8, "targets": ("query", "value", "cross_query", "cross_value")},
+        (0.22, 0.41, 0.77),
+    ),
     "Compacter": ("compacter", {}, (0.3, 0.3, 0.3)),
     "Compacter++": ("compacter_plus", {}, (0.15, 0.15, 0.15)),
     "MAM": ("mam", {}, (171.07, 171.07, 1262.39)),
