@@ -121,7 +121,7 @@ class Method(ABC):
         """
         selection.fold(model)
 
-    def condense(self, model: nn.Module) -> None:
+    def condense(self, model: nn.Module) -> None:  # noqa: B027
         """Replace what only training needs, in a model that cannot be merged, by what computes the same for less.
 
         It is called once, on an unpacked fp32 model in evaluation mode, before that is exported.
@@ -157,7 +157,7 @@ class Method(ABC):
         """How many of the backbone's positions the method needs for tokens of its own; the input has the rest."""
         return 0
 
-    def after_update(self, model: nn.Module, progress: float) -> None:
+    def after_update(self, model: nn.Module, progress: float) -> None:  # noqa: B027
         """Called after each update, while its gradients are still there.
 
         Args:
