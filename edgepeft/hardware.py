@@ -13,7 +13,7 @@ from edgepeft import machine
 from edgepeft.errors import EdgePeftError, UsageError, nearest
 
 AUTO = "auto"
-OPERATIONS = ("matmul", "thin", "attention", "elementwise", "dequantize", "optimizer")
+OPERATIONS = ("matmul", "thin", "attention", "elementwise", "curved", "random", "dequantize", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)

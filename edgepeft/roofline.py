@@ -59,7 +59,7 @@ def _times(kind: str, work: Work, hardware: Hardware) -> tuple[float, float]:
     """Seconds of computing and of moving."""
     operation, _, dtype = kind.partition(".")
     computing = work.flops / (peak(hardware, dtype) * reached(hardware, operation)) if work.flops else 0.0
-    moving = work.bytes / (hardware.bandwidth * reached(hardware, _MOVES.get(operation, "elementwise")))
+    moving = work.bytes / (hardware.bandwidth * reached(hardware, _MOVES.get(operation, operation)))
     return computing, moving
 
 
@@ -79,19 +79,23 @@ def _call_seconds(kind: str, hardware: Hardware) -> float:
     return stated * (VIEW if kind == "view" else 1.0)
 
 
-_MOVES = {"dequantize": "dequantize", "optimizer": "optimizer"}
+_MOVES = {"matmul": "elementwise", "thin": "elementwise", "attention": "elementwise", "view": "elementwise"}
 
+# What is usual, for profiles that do not say it.
+# cuda: the best products reach 80.3 % of the peak of an H100, 81.1 and 86.9 % of an A100's (stas00/ml-engineering,
+# "Maximum Achievable Matmul FLOPS"); FlashAttention-2 reaches 50 to 73 % of an A100's (arXiv 2307.08691); copies and
+# sums reach about 80 % of a data sheet's bandwidth (BabelStream: Deakin et al., IJCSE 17(3), 2018), and everything else
+# that memory limits is taken to do the same.
+# cpu: measured by tools/probe.py on one core of an AMD EPYC of the fourth generation, against the peaks that
+# hardware.detect derives from its clock and instructions, and against the bandwidth of a copy.
 USUAL: Mapping[str, Mapping[str, float]] = {
-    "cuda": {
-        "matmul": 0.65,
-        "thin": 0.65,
-        "attention": 0.3,
-        "elementwise": 0.8,
-        "dequantize": 0.5,
-        "optimizer": 0.8,
-    },
-    "cpu": {"matmul": 0.6, "thin": 0.3, "attention": 0.3, "elementwise": 0.6, "dequantize": 0.1, "optimizer": 0.6},
+    "cuda": {"matmul": 0.8, "thin": 0.8, "attention": 0.5}
+    | dict.fromkeys(("elementwise", "curved", "random", "dequantize", "optimizer"), 0.8),
+    "cpu": {"matmul": 0.9, "thin": 0.4, "attention": 0.3}
+    | {"elementwise": 0.8, "curved": 0.35, "random": 0.03, "dequantize": 0.6, "optimizer": 1.0},
 }
 
-CALL_SECONDS: Mapping[str, float] = {"cuda": 10e-6, "cpu": 3e-6}
-VIEW = 0.3
+# cuda: 7 us for Python, dispatch and recording of an operator on a tensor that needs gradients (pytorch/pytorch issue
+# 41383), and about 3 us for the launch. cpu: measured by tools/probe.py on the machine above.
+CALL_SECONDS: Mapping[str, float] = {"cuda": 10e-6, "cpu": 2e-6}
+VIEW = 0.3  # a view is dispatched and recorded, but nothing is allocated or launched

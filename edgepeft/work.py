@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from edgepeft.roofline import Work
 
@@ -19,7 +19,13 @@ THIN = 64
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
 _aten: Any = torch.ops.aten
 _ATTENTION = "_scaled_dot_product"
+_ON_CPU = {  # the two that PyTorch's own counter leaves out
+    _aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop_count,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop_count,
+}
 _ROWS = (_aten.embedding, _aten.index_select, _aten.gather)  # of a table, only the rows asked for are read
+_RANDOM = ("bernoulli", "native_dropout", "normal", "rand", "uniform", "exponential")
+_CURVED = ("softmax", "gelu", "silu", "tanh", "sigmoid", "erf", "logsumexp", "native_layer_norm")
 _FREE = (  # neither compute nor move
     *(_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided),
     *(_aten.detach, _aten._unsafe_view, _aten.lift_fresh, _aten.set_, _aten.resize_, _aten._local_scalar_dense),
@@ -29,8 +35,9 @@ _FREE = (  # neither compute nor move
 class Tally:
     """The work of the operators that it is shown, by class.
 
-    Classes: ``matmul.DTYPE``, ``thin.DTYPE`` (see ``THIN``), ``attention.DTYPE``, ``dequantize``, ``optimizer``,
-    ``elementwise`` (all that is limited by memory) and ``view`` (operators that only cost their call).
+    Classes: ``matmul.DTYPE``, ``thin.DTYPE`` (see ``THIN``), ``attention.DTYPE``; ``curved`` (softmax, norms,
+    activations) and ``random``, which cost a CPU more than their bytes; ``dequantize``, ``optimizer``, ``elementwise``
+    (all others that compute) and ``view`` (operators that only cost their call).
     """
 
     def __init__(self) -> None:
@@ -64,9 +71,14 @@ def _work(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], resul
         return "dequantize", Work(1, 0, moved)
     if name.startswith(("_foreach_", "_fused_")):
         return "optimizer", Work(_launches(args), 0, moved)
+    if packet in _ON_CPU:
+        work = Work(1, _ON_CPU[packet](*(tensor.shape for tensor in inputs[: 4 if "backward" in name else 3])), moved)
+        return f"attention.{_DTYPES.get(inputs[0].dtype, 'fp32')}", work
     count = flop_registry.get(packet)
     if count is None:
-        return "elementwise", Work(1, 0, moved)
+        plain = name.lstrip("_").removeprefix("safe_").removeprefix("log_")
+        kind = "random" if plain.startswith(_RANDOM) else "curved" if plain.startswith(_CURVED) else "elementwise"
+        return kind, Work(1, 0, moved)
     dtype = _DTYPES.get(inputs[0].dtype, "fp32")
     kind = "attention" if _ATTENTION in name else "thin" if _is_thin(inputs) else "matmul"
     return f"{kind}.{dtype}", Work(1, int(count(*args, **kwargs, out_val=result)), moved)

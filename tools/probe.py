@@ -1,7 +1,8 @@
 """Measure what PyTorch reaches on this machine, and write a hardware profile of it.
 
 Usage: ``python tools/probe.py my-machine.toml``, then ``edgepeft plan --gpu my-machine.toml``. It takes a minute.
-Every number is the best of many repeats, because whatever else runs can only make one slower.
+Every number is the best of many repeats, because whatever else runs can only make one slower. On one thread
+(``OMP_NUM_THREADS=1``) a CPU's numbers are processor seconds, which other processes' turns do not lengthen.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from edgepeft.precision import NF4Linear
 from edgepeft.work import Tally
 
 TOKENS, WIDTH, INNER, RANK = 1024, 768, 3072, 8  # of a training step of BERT-base's size
-ATTENTION = (4, 12, 256, 64)  # batch, heads, tokens, width of a head
+ATTENTION = (4, 12, 128, 64)  # batch, heads, tokens, width of a head
 ROUNDS, LEAST_SECONDS = 7, 0.05
 CALLS = 200
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,6 +59,8 @@ class Probe:
             "thin": self._thin() / peak,
             "attention": self._attention() / peak,
             "elementwise": self._elementwise() / bandwidth,
+            "curved": self._curved() / bandwidth,
+            "random": self._random() / bandwidth,
             "dequantize": self._dequantize() / bandwidth,
             "optimizer": self._optimizer() / bandwidth,
         }
@@ -93,30 +96,58 @@ class Probe:
         return flops, sum(shares) / len(shares)
 
     def _thin(self) -> float:
-        down = _product(TOKENS, WIDTH, RANK, self.half, self.device)
-        up = _product(TOKENS, RANK, WIDTH, self.half, self.device)
-        return self._rate("reached.thin", lambda: (down(), up()), 4 * TOKENS * WIDTH * RANK, f"products of rank {RANK}")
+        """An adapter's products and their gradients, for few tokens and for many."""
+        down = torch.randn(RANK, WIDTH, device=self.device).to(self.half).requires_grad_()
+        up = torch.randn(WIDTH, RANK, device=self.device).to(self.half).requires_grad_()
+        inputs = [torch.randn(tokens, WIDTH, device=self.device).to(self.half) for tokens in (TOKENS // 4, TOKENS)]
+        inputs = [x.requires_grad_() for x in inputs]
+
+        def adapter() -> None:
+            for x in inputs:
+                F.linear(F.linear(x, down), up).backward(x.detach())
+
+        work = sum(each.flops for each in _counted(adapter).work().values())
+        what = f"products of rank {RANK} and their gradients, of {TOKENS // 4} and {TOKENS} tokens"
+        return self._rate("reached.thin", adapter, work, what)
 
     def _attention(self) -> float:
-        batch, heads, tokens, width = ATTENTION
-        query, key, value = (torch.randn(ATTENTION, dtype=self.half, device=self.device) for _ in range(3))
-        work = 4 * batch * heads * tokens * tokens * width
-        return self._rate(
-            "reached.attention", lambda: F.scaled_dot_product_attention(query, key, value), work, "attention"
+        query, key, value = (
+            torch.randn(ATTENTION, dtype=self.half, device=self.device, requires_grad=True) for _ in range(3)
         )
+
+        def layer() -> None:
+            F.scaled_dot_product_attention(query, key, value).backward(value.detach())
+
+        work = sum(each.flops for each in _counted(layer).work().values())
+        return self._rate("reached.attention", layer, work, "attention with its gradients")
 
     def _elementwise(self) -> float:
         """The operators between the products of a transformer layer, as work.Tally counts their bytes."""
         x, y = (torch.randn(TOKENS, INNER, dtype=self.half, device=self.device) for _ in range(2))
 
         def layer() -> None:
-            _ = x + y
-            _ = F.silu(x) * y
+            _ = (x + y) * y
             z = x.float()
             _ = (z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
-        moved = sum(work.bytes for work in _counted(layer).work().values())
-        return self._rate("reached.elementwise", layer, moved, "sums, gates, norms and casts of (1024, 3072)")
+        return self._moved("elementwise", layer, "sums, products, RMS norms and casts of (1024, 3072)")
+
+    def _curved(self) -> float:
+        scores = torch.randn(4 * 12, 256, 256, dtype=self.half, device=self.device)
+        x = torch.randn(TOKENS, INNER, dtype=self.half, device=self.device, requires_grad=True)
+
+        def layer() -> None:
+            _ = scores.softmax(-1)
+            F.gelu(F.layer_norm(x, (INNER,))).backward(x.detach())
+
+        return self._moved("curved", layer, "softmax, and GELU and layer norm with their gradients")
+
+    def _random(self) -> float:
+        x = torch.empty(TOKENS, INNER, dtype=self.half, device=self.device)
+        return self._moved("random", lambda: x.bernoulli_(0.1), "dropout masks of (1024, 3072)")
+
+    def _moved(self, kind: str, run: Callable[[], Any], what: str) -> float:
+        return self._rate(f"reached.{kind}", run, _counted(run).work()[kind].bytes, what)
 
     def _dequantize(self) -> float:
         weight = torch.randn(INNER, WIDTH, dtype=self.half)
@@ -151,7 +182,8 @@ class Probe:
         return work / self._seconds(run)
 
     def _say(self, name: str, what: str) -> None:
-        threads = f", {torch.get_num_threads()} threads" if self.device == "cpu" else ""
+        count = torch.get_num_threads()
+        threads = "" if self.device != "cpu" else f", {count} threads" if count > 1 else ", processor seconds, 1 thread"
         self.sources[name] = (
             f"measured by tools/probe.py: {what}; best of {ROUNDS}; torch {torch.__version__}{threads}, "
             f"{self.half if name.startswith('reached') else ''}".rstrip(", ")
@@ -166,12 +198,13 @@ class Probe:
         return min(self._timed(run, count) for _ in range(ROUNDS)) / count
 
     def _timed(self, run: Callable[[], Any], count: int) -> float:
+        clock = time.process_time if self.device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
         self._wait()
-        started = time.perf_counter()
+        started = clock()
         for _ in range(count):
             run()
         self._wait()
-        return time.perf_counter() - started
+        return clock() - started
 
     def _wait(self) -> None:
         if self.device == "cuda":
