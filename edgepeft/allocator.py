@@ -57,7 +57,7 @@ class CachingAllocator:
         self._pools: dict[bool, list[tuple[int, int, _Block]]] = {True: [], False: []}
 
     def run(self, history: Iterable[tuple[int, int]]) -> None:
-        """Births (uid, bytes) and deaths (-uid, bytes) of storages, in order; see ``trace.Tracker.history``.
+        """Births (uid, bytes), deaths (-uid, bytes) and ``empty_cache`` (0, 0), in order; see ``trace.Tracker.history``.
 
         Raises:
             OutOfMemory: see ``allocate``.
@@ -65,8 +65,10 @@ class CachingAllocator:
         for uid, size in history:
             if uid > 0:
                 self.allocate(uid, size)
-            else:
+            elif uid < 0:
                 self.free(-uid)
+            else:
+                self.empty_cache()
 
     def allocate(self, uid: int, size_bytes: int) -> None:
         """Serve a request, which ``free(uid)`` gives back.

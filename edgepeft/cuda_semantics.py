@@ -151,8 +151,8 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 
 
 def _softmax(original: Any, input: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
-    """CUDA fuses the cast of half precision to fp32 into the kernel."""
-    if dtype is torch.float32 and input.dtype in HALF:
+    """CUDA fuses the cast of float16 to fp32 into the kernel, and only that one (native/SoftMax.cpp)."""
+    if dtype is torch.float32 and input.dtype is torch.float16:
         return _aten._softmax(input, dim % input.dim(), True)
     return original(input, dim, dtype=dtype)
 

@@ -88,6 +88,10 @@ class Tracker(TorchDispatchMode):
             self._uid_of[-uid] = uid  # never freed
             self._record(uid)
 
+    def empty_cache(self) -> None:
+        """Note that ``torch.cuda.empty_cache`` would have been called here."""
+        self._record(0)
+
     def label(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Say what the storages of ``tensors`` are for. The first label a storage gets is kept."""
         for tensor in tensors:
@@ -138,7 +142,7 @@ class Tracker(TorchDispatchMode):
         """Births (uid, bytes) and deaths (-uid, bytes) of storages through ``phases`` in this order.
 
         What was held when the first of them began is born before it. The same phase may be named again: a step that is
-        repeated. This is what ``allocator.CachingAllocator.run`` takes.
+        repeated. (0, 0) is where ``empty_cache`` was called. ``allocator.CachingAllocator.run`` takes this.
         """
         alive: set[int] = set()
         for name in phases:
@@ -148,7 +152,7 @@ class Tracker(TorchDispatchMode):
             yield from ((uid, self._bytes[uid]) for uid in sorted(held - alive))
             alive = held
             for event in phase.events:
-                yield event, self._bytes[abs(event)]
+                yield event, self._bytes[abs(event)] if event else 0
                 alive.add(event) if event > 0 else alive.discard(-event)
 
     def storage(self, uid: int) -> tuple[int, int, str]:
@@ -164,7 +168,8 @@ class Tracker(TorchDispatchMode):
         now = sum(self._bytes[uid] for uid in phase.held)
         highest, moment = now, 0
         for index, event in enumerate(phase.events, start=1):
-            now += self._bytes[event] if event > 0 else -self._bytes[-event]
+            if event:
+                now += self._bytes[event] if event > 0 else -self._bytes[-event]
             if now > highest:
                 highest, moment = now, index
         alive = set(phase.held)

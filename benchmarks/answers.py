@@ -1,0 +1,87 @@
+"""Answers that fake tensors cannot give: what peft's methods ask of values when they are set up or run.
+
+Each keeps every shape as it is with real values, so that the same bytes are allocated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def given() -> Iterator[None]:
+    """While active, random choices are taken, nothing is infinite, and every element of a boolean mask is true."""
+    selected = [0]  # how many elements SHiRA's mask has; it is r (in + out)
+    rand, where, get, put = torch.rand, torch.where, Tensor.__getitem__, Tensor.__setitem__
+    shira = importlib.import_module("peft.tuners.shira.layer").ShiraLayer
+    boft = importlib.import_module("peft.tuners.boft.layer").BOFTLayer
+    frod = importlib.import_module("peft.tuners.frod.layer").Linear
+    update, tensors = shira.update_layer, frod._get_frod_tensors
+
+    def counted(layer: Any, adapter: str, mask: Any, r: int, *args: Any, **kwargs: Any) -> Any:
+        selected[0] = r * (layer.in_features + layer.out_features)
+        return update(layer, adapter, mask, r, *args, **kwargs)
+
+    def whole(tensor: Tensor, index: Any) -> Tensor:
+        if _is_mask(index):
+            return tensor.flatten(0, index.dim() - 1).clone()
+        if isinstance(index, tuple) and len(index) == 2 and _is_mask(index[1]):
+            return tensor.clone()
+        return get(tensor, index)
+
+    def filled(tensor: Tensor, index: Any, value: Any) -> None:
+        if _is_mask(index):
+            tensor.copy_(value) if isinstance(value, Tensor) else tensor.fill_(value)
+        else:
+            put(tensor, index, value)
+
+    def on_device(*args: Any, **kwargs: Any) -> Any:
+        """FRoD's projections are on the CPU and copied to the device whenever they are used."""
+        return tuple(t.clone() if isinstance(t, Tensor) and not t.requires_grad else t for t in tensors(*args, **kwargs))
+
+    with (
+        mock.patch.object(torch, "rand", lambda *size, **kw: 1.0 if size == (1,) else rand(*size, **kw)),
+        mock.patch.object(Tensor, "__bool__", lambda _: False),
+        mock.patch.object(Tensor, "__getitem__", whole),
+        mock.patch.object(Tensor, "__setitem__", filled),
+        mock.patch.object(torch, "bincount", lambda x, minlength=0: torch.zeros(minlength, dtype=torch.long)),
+        mock.patch.object(torch, "where", lambda *a, **kw: where(*a, **kw) if len(a) > 1 else _indices(selected[0])),
+        mock.patch.object(shira, "update_layer", counted),
+        mock.patch.object(boft, "perm2mat", lambda _, permutation: torch.zeros(len(permutation), len(permutation))),
+        mock.patch.object(frod, "_get_frod_tensors", on_device),
+        _clusters(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _clusters() -> Iterator[None]:
+    """AdaMSS clusters rows with scikit-learn: here into parts of one size, and every singular value counts."""
+    layer = importlib.import_module("peft.tuners.adamss.layer")
+    number = [1]
+
+    def cluster(rows: Tensor, num_subspaces: int, *args: Any, **kwargs: Any) -> tuple[Tensor, int]:
+        number[0] = min(num_subspaces, rows.shape[0])
+        return torch.empty(rows.shape[0], dtype=torch.long), number[0]
+
+    def parts(index: Tensor) -> dict[int, Tensor]:
+        return dict(enumerate(torch.arange(len(index)).tensor_split(number[0])))
+
+    names = {name: new for name, new in (("clustering_Z", cluster), ("seg_locations", parts)) if hasattr(layer, name)}
+    with mock.patch.multiple(layer, **names) if names else contextlib.nullcontext():
+        yield
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype is torch.bool
+
+
+def _indices(count: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(count, dtype=torch.long), torch.empty(count, dtype=torch.long)
