@@ -32,7 +32,9 @@ providers = ["CPUExecutionProvider"]
 def numbers(device: Hardware) -> set[str]:
     """The fields of ``device`` that need a source."""
     fields = {"memory_bytes", "reserved_bytes", "bandwidth", *(f"flops.{dtype}" for dtype in device.flops)}
-    return fields | {name for name in ("cores", "instructions") if getattr(device, name)}
+    fields |= {f"reached.{operation}" for operation in device.reached}
+    optional = ("cores", "instructions", "call_seconds", "watts", "price")
+    return fields | {name for name in optional if getattr(device, name)}
 
 
 def test_required_profiles_are_shipped() -> None:
@@ -113,6 +115,12 @@ def test_own_profile(tmp_path: Path) -> None:
         ("fp32 = 50e9", "bf16 = 50e9", ["flops", "fp32"]),
         ("int8 = 200e9", "int9 = 200e9", ["flops.int9", "int8"]),
         ("flops = { fp32 = 50e9, int8 = 200e9 }", "flops = 50e9", ["flops", "table"]),
+        ("providers", "reached = { matmul = 99 }\nproviders", ["reached.matmul", "out of range", "of the peak"]),
+        ("providers", "reached = { matmuls = 0.5 }\nproviders", ["reached.matmuls", "no such operation", "matmul"]),
+        ("providers", "reached = 0.5\nproviders", ["reached", "table"]),
+        ("providers", "watts = -1\nproviders", ["watts", "out of range", "watts"]),
+        ("providers", "price = 0\nproviders", ["price", "out of range", "US dollars an hour"]),
+        ("providers", "call_seconds = 5\nproviders", ["call_seconds", "out of range", "seconds"]),
         ('kind = "cpu"', 'kind = "gpu"', ["kind", "'gpu'", '"cuda" or "cpu"']),
         ('title = "A board"', "title = 5", ["title", "not a text"]),
         ('["CPUExecutionProvider"]', '"CPUExecutionProvider"', ["providers", "list"]),

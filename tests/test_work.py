@@ -84,6 +84,7 @@ def test_unpacking_is_a_class_of_its_own() -> None:
 @pytest.mark.parametrize("family", ["llama", "t5", "bert"])
 def test_a_step_has_the_flops_that_pytorch_counts(family: str) -> None:
     model, batch = tiny.load(family).model, tiny.batch(family)
+    model.set_attn_implementation("eager")  # type: ignore[operator]  # PyTorch's counter leaves out the CPU's attention
     model.train()
     model.requires_grad_(True)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids") if name in batch}
@@ -96,6 +97,17 @@ def test_a_step_has_the_flops_that_pytorch_counts(family: str) -> None:
         step()
     found = counted(step)
     assert sum(work.flops for work in found.values()) == counter.get_total_flops() > 0
+
+
+def test_attention_on_a_cpu_is_counted_as_on_a_gpu() -> None:
+    query, key, value = (torch.ones(2, 4, 64, 16, requires_grad=True) for _ in range(3))
+
+    def step() -> None:
+        F.scaled_dot_product_attention(query, key, value).sum().backward()
+
+    found = counted(step)["attention.fp32"]
+    forward = 4 * 2 * 4 * 64 * 64 * 16
+    assert found.flops == forward + 2.5 * forward  # two products forward; four of them and one again backward
 
 
 def test_a_traced_step_counts_what_a_real_one_does() -> None:
