@@ -17,8 +17,8 @@ from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.files import atomic_directory, write_json
 from edgepeft.methods.base import Method, state
 from edgepeft.placements.selection import canonical
-
-TENSORS, CARD = "adapter.safetensors", "adapter.json"
+from edgepeft.placements.stored import CARD as CARD
+from edgepeft.placements.stored import TENSORS as TENSORS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ def home(name: str) -> str:
 
 def stages(family: str, name: str, at: str = "fp32") -> Iterator[tuple[Backbone, Method, Stage]]:
     """A backbone with a method in it, at the beginning of each of its stages in turn."""
-    made, method = tiny.load(family, at), tiny.method(name)
+    made, method = tiny.load(family, at), tiny.method(name, **tiny.others(family, name))
     base.apply(method, made)
     for number, stage in enumerate(method.stages()):
         if number:

@@ -220,7 +220,7 @@ def test_is_traced_on_fake_tensors(name: str, family: str) -> None:
             model=probe.as_fields(tiny.configuration(family)),
             task=made.task,
             method=name,
-            options=method.narrow,
+            options={**method.narrow, **tiny.others(family, name)},
             precision=at,
             checkpointing=False,
             microbatch=2,

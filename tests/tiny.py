@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from edgepeft import backbone
+from edgepeft import adapter, backbone
 from edgepeft.backbone import Backbone
 from edgepeft.data.batches import causal_batch, classification_batch, seq2seq_batch
 from edgepeft.methods import base
@@ -179,9 +179,31 @@ def method(name: str, **options: Any) -> Method:
 
 def adapted(family: str, name: str, at: str = "fp32", **options: Any) -> tuple[Backbone, Method]:
     """A backbone with a method in it, all of whose stages have begun."""
-    made, chosen = load(family, at), method(name, **options)
+    made, chosen = load(family, at), method(name, **{**others(family, name), **options})
     base.complete(chosen, made)
     return made, chosen
+
+
+def others(family: str, name: str) -> dict[str, Any]:
+    """What a method needs of other runs on a family's tiny model, as options."""
+    if name == "spot":
+        return {"source": prompts(family)[0]}
+    return {"prompts": prompts(family)} if name == "ipt" else {}
+
+
+@cache
+def prompts(family: str) -> tuple[str, ...]:
+    """Adapter folders of three tasks' prompts for a family's tiny model. Read only: tests share them."""
+    made = Path(tempfile.mkdtemp(prefix=f"edgepeft-{family}-prompts-"))
+    remove_at_exit(made)
+    for seed in range(3):
+        tuned, chosen = adapted(family, "prompt_tuning")
+        randomise(nn.ParameterList(adapter.trained(tuned.model).values()), seed)
+        card = adapter.card(
+            chosen, model=str(folder(family)), task=task(family), precision="fp32", labels=None, seed=seed
+        )
+        adapter.save(made / str(seed), tuned.model, card)
+    return tuple(str(made / str(seed)) for seed in range(3))
 
 
 def batch(kind: str, rows: int = 4, *, seed: int = 0, lengths: tuple[int, int] = (5, 12)) -> dict[str, torch.Tensor]:

@@ -14,7 +14,6 @@ from transformers.modeling_outputs import BaseModelOutput
 from edgepeft.errors import EdgePeftError
 from edgepeft.export.translate import Axes, Graph, write
 from edgepeft.files import atomic_directory
-from edgepeft.placements import prompt
 
 # Sizes of the traced example. They differ and exceed one: a size of one, or two that agree, may be taken for a law.
 BATCH, TOKENS, PAST, SOURCE = 2, 4, 5, 7
@@ -47,7 +46,7 @@ def export(model: nn.Module, task: str, directory: Path) -> list[Path]:
             "Merge it first (edgepeft merge), or call model.float().eval().",
         )
     builders = {"classification": _classification, "causal-lm": _causal_lm, "seq2seq": _seq2seq}
-    with torch.no_grad(), prompt.held(model):
+    with torch.no_grad():
         graphs = builders[task](model)
         with atomic_directory(directory) as folder:
             for graph in graphs:

@@ -44,5 +44,8 @@ class PromptTuning(Method):
     def positions(self, configuration: PretrainedConfig) -> int:
         return self.length
 
+    def condense(self, model: nn.Module) -> None:
+        prompt.condense(model)
+
     def merge(self, model: nn.Module) -> None:
         raise NotMergeable(f"{self.name} cannot be merged into the backbone.", prefix.CAUSE, prefix.REMEDY)

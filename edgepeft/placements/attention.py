@@ -110,7 +110,7 @@ def _attend(
         order = torch.arange(key.shape[2], device=key.device)
         mask = (order <= order[: query.shape[2], None])[None, None]
     if shares is not None:
-        mask = _weighing(shares, mask, query, key)
+        mask = _weighing(shares, length, mask, query, key)
     elif mask is not None:
         seen = (mask.new_ones if mask.dtype is torch.bool else mask.new_zeros)((*mask.shape[:-1], length))
         mask = torch.cat([seen, mask], dim=-1)
@@ -131,11 +131,11 @@ def _before(module: nn.Module, prompt: Any, key: Tensor) -> tuple[Tensor, Tensor
     return keys, values
 
 
-def _weighing(shares: Tensor, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """``mask`` as what is added to scores, with ``shares`` (batch, Q, P) before it: their exponents multiply weights.
+def _weighing(shares: Tensor, length: int, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """``mask`` as what is added to scores, and before it ``shares``, (batch, Q, P or 1), whose exponents multiply weights.
 
     Returns:
-        (batch, 1, Q, P + K).
+        (batch, 1, Q, P + K), where P is ``length``.
     """
     batch, _, queries, _ = query.shape
     if mask is None:
@@ -143,7 +143,8 @@ def _weighing(shares: Tensor, mask: Tensor | None, query: Tensor, key: Tensor) -
     elif mask.dtype is torch.bool:
         mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min)
     own = mask.to(query.dtype).expand(batch, 1, queries, key.shape[2])
-    return torch.cat([shares.to(query.dtype)[:, None], own], dim=-1)
+    shares = shares.to(query.dtype)[:, None].expand(batch, 1, queries, length)
+    return torch.cat([shares, own], dim=-1)
 
 
 def _eager_of(module: nn.Module) -> Callable[..., Any]:

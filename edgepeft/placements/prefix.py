@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from edgepeft import precision
 from edgepeft.anatomy import Anatomy
 from edgepeft.backbone import default_task
 from edgepeft.placements import attention
 from edgepeft.placements.attention import CHILD, SHARES, Site, States
+from edgepeft.placements.gate import Gate
 from edgepeft.placements.positions import check, shift
 
 if TYPE_CHECKING:
@@ -66,17 +65,17 @@ class Reparametrised(nn.Module):
         return keys, values
 
 
-class Gate(nn.Module):
-    """The log of a gate in (0, 1) for each query and each of some prefix tokens: log sigmoid(x Wᵀ + b)."""
+class Scaled(nn.Module):
+    """Keys and values times one trained number, 1 at first."""
 
-    def __init__(self, hidden: int, tokens: int, device: torch.device) -> None:
+    def __init__(self, prefix: nn.Module) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(tokens, hidden, device=device) * STD)
-        self.bias = nn.Parameter(torch.zeros(tokens, device=device))
+        self.prefix = prefix
+        self.scale = nn.Parameter(torch.ones((), device=next(prefix.parameters()).device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, queries, hidden) to (batch, queries, tokens), fp32."""
-        return F.logsigmoid(precision.linear(x, self.weight).float() + self.bias)
+    def forward(self) -> States:
+        keys, values = self.prefix()
+        return keys * self.scale, values * self.scale
 
 
 def attach(method: str, model: Any, anatomy: Anatomy, where: Sequence[Site], length: int, bottleneck: int) -> None:
@@ -116,10 +115,16 @@ def positions(length: int, configuration: PretrainedConfig) -> int:
     return length if default_task(configuration) == "causal-lm" else 0
 
 
-def weigh(module: nn.Module, gate: nn.Module) -> None:
-    """Let ``gate`` weigh the prefix of an attention, from what the attention's queries are made of.
+def scale(module: nn.Module) -> None:
+    """Multiply the prefix of an attention by a trained number."""
+    setattr(module, CHILD, Scaled(module.get_submodule(CHILD)))
 
-    A gate of 0 takes its token out of the attention, one of 1 leaves it as it is.
+
+def weigh(module: nn.Module, gate: Gate) -> None:
+    """Let ``gate``, of one output or one for each prefix token, weigh the prefix of an attention, query by query.
+
+    It reads what the queries are made of. What it gives multiplies the weight that softmax gives a prefix token before
+    all weights are divided by their sum: 0 takes the token out of the attention, 1 leaves it as it is.
     """
     module.add_module("gate", gate)
     module.register_forward_pre_hook(_weigh, with_kwargs=True)
@@ -138,4 +143,4 @@ def collapse(model: nn.Module, anatomy: Anatomy) -> None:
 def _weigh(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     gate: Any = module.gate
     hidden = args[0] if args else kwargs["hidden_states"]
-    return args, {**kwargs, SHARES: gate(hidden)}
+    return args, {**kwargs, SHARES: gate.log(hidden)}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -70,17 +68,25 @@ def attach(method: str, model: Any, anatomy: Anatomy, prompt: nn.Module, length:
     reader.prompt_held = None
 
 
-@contextlib.contextmanager
-def held(model: nn.Module) -> Iterator[None]:
-    """Inside, prompts, and what a decoder makes of them, are constants: for a graph that need not make them anew."""
-    readers: list[Any] = [module for module in model.modules() if hasattr(module, "prompt_held")]
-    try:
-        for reader in readers:
-            reader.prompt_held = _made(reader)
-        yield
-    finally:
-        for reader in readers:
-            reader.prompt_held = None
+def of(model: nn.Module) -> nn.Module:
+    """What makes the prompt of a model."""
+    return _reader(model).get_submodule(CHILD)
+
+
+def put(model: nn.Module, prompt: nn.Module) -> None:
+    """Let another module make the prompt, of the same length."""
+    setattr(_reader(model), CHILD, prompt)
+
+
+@torch.no_grad()
+def condense(model: nn.Module) -> None:
+    """Make the prompt, and of a decoder the states that it makes of it, once and for all: constants of a graph."""
+    reader = _reader(model)
+    reader.prompt_held = _made(reader)
+
+
+def _reader(model: nn.Module) -> Any:
+    return next(module for module in model.modules() if hasattr(module, "prompt_held"))
 
 
 def _made(reader: Any) -> Any:

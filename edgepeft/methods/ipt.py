@@ -1,0 +1,158 @@
+"""Intrinsic prompt tuning: a few numbers, from which a network trained on the prompts of other tasks makes a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgepeft.anatomy import Anatomy
+from edgepeft.errors import UsageError
+from edgepeft.methods.base import Method, NotMergeable, Paper, Stage
+from edgepeft.placements import prefix, prompt, stored
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class _Autoencoder(nn.Module):
+    """Prompts (tasks, length · hidden) → codes (tasks, dimension) → prompts.
+
+    Called, it gives what it makes of a prompt, (length, hidden): in training of one drawn at random, else of the mean
+    of all codes.
+    """
+
+    prompts: Tensor
+
+    def __init__(self, prompts: Tensor, dimension: int) -> None:
+        super().__init__()
+        tasks, self.length, self.hidden = prompts.shape
+        device, wide = prompts.device, self.length * self.hidden
+        self.register_buffer("prompts", prompts.reshape(tasks, wide), persistent=False)
+        self.encode = nn.Linear(wide, dimension, device=device)
+        self.inner = nn.Linear(dimension, self.hidden, device=device)
+        self.outer = nn.Linear(self.hidden, wide, device=device)
+
+    def forward(self) -> Tensor:
+        codes = self.encode(self.prompts)
+        if self.training:
+            code = codes[torch.randint(len(codes), (1,), device=codes.device)][0]
+        else:
+            code = codes.mean(0)
+        return self.decode(code).view(self.length, self.hidden)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        made: Tensor = self.outer(torch.tanh(self.inner(codes)))
+        return made
+
+    def loss(self) -> Tensor:
+        """Mean squared difference between the prompts and what is made of them."""
+        return F.mse_loss(self.decode(self.encode(self.prompts)), self.prompts)
+
+
+class _Code(nn.Module):
+    """A trained code and the frozen half of an autoencoder that makes a prompt (length, hidden) of it."""
+
+    def __init__(self, learned: _Autoencoder) -> None:
+        super().__init__()
+        self.length, self.hidden = learned.length, learned.hidden
+        self.code = nn.Parameter(learned.encode(learned.prompts).mean(0))
+        for name in ("inner", "outer"):
+            layer: Any = getattr(learned, name)
+            self.register_buffer(f"{name}_weight", layer.weight.detach().clone())
+            self.register_buffer(f"{name}_bias", layer.bias.detach().clone())
+
+    def forward(self) -> Tensor:
+        inner = torch.tanh(F.linear(self.code, self.get_buffer("inner_weight"), self.get_buffer("inner_bias")))
+        outer = F.linear(inner, self.get_buffer("outer_weight"), self.get_buffer("outer_bias"))
+        return outer.view(self.length, self.hidden)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IPT(Method):
+    """Prompts of several tasks lie near a space of few dimensions; it is found first, and then only searched.
+
+    First an autoencoder learns the given prompts, trained on other tasks on the same backbone: to give them back, and
+    to make prompts that serve. Then only a code is trained, from the mean of the prompts' codes on. The adapter holds
+    the prompt that it stands for.
+
+    Not in the paper, which serves each prompt's own task meanwhile: the data here is that of this run.
+    """
+
+    paper = Paper("Exploring Universal Intrinsic Task Subspace via Prompt Tuning", 2021, "2110.07867")
+    kind = "additive"
+    merges = False
+    identity_at_start = False
+    overhead = "a longer input"
+    narrow = {"length": 5, "dimension": 32}
+    learning_rate = 3e-3
+
+    prompts: tuple[str, ...] = ()
+    """Folders of adapters, each with the prompt of one task; at least two."""
+    dimension: int = 250
+    """Numbers in a code; with 250 the paper regains most of what whole prompts reach."""
+    length: int = 100
+    """Tokens of the prompts."""
+    weight: float = 1.0
+    """Of the reconstruction's mean squared error, beside the task's loss."""
+
+    def __post_init__(self) -> None:
+        self.require(self.dimension >= 1, "dimension", "at least 1")
+        self.require(self.length >= 1, "length", "at least 1")
+        self.require(self.weight >= 0, "weight", "0 or more")
+
+    def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
+        if len(self.prompts) < 2:
+            raise UsageError(
+                f"{self.name} needs the prompts of several tasks.",
+                f"Its option prompts names {len(self.prompts)} adapters, and a space is learned from at least two.",
+                "Train them with --method prompt_tuning, then give their adapter folders in the recipe's options.",
+            )
+        given = torch.stack([stored.prompt(self.name, folder, model, self.length) for folder in self.prompts])
+        prompt.attach(self.name, model, anatomy, _Autoencoder(given, self.dimension), self.length)
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (
+            Stage(name="subspace", optimizer=self.optimizer),
+            Stage(name="code", optimizer=self.optimizer, begin=_freeze),
+            Stage(name="collapse", optimizer=self.optimizer, begin=_collapse, updates=0),
+        )
+
+    def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """AdamW, ten times as fast for the code as for the network: as fast as prompts are trained."""
+        made = super().optimizer(model, lr, weight_decay)
+        code = getattr(prompt.of(model), "code", None)
+        if code is None:
+            return made
+        groups = [{**group, "params": [p for p in group["params"] if p is not code]} for group in made.param_groups]
+        groups.append({"params": [code], "weight_decay": 0.0, "lr_scale": 10.0})
+        return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+
+    def penalty(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Tensor) -> Tensor | None:
+        learned = prompt.of(model)
+        return self.weight * learned.loss() if isinstance(learned, _Autoencoder) else None
+
+    def positions(self, configuration: PretrainedConfig) -> int:
+        return self.length
+
+    def condense(self, model: nn.Module) -> None:
+        prompt.condense(model)
+
+    def merge(self, model: nn.Module) -> None:
+        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", prefix.CAUSE, prefix.REMEDY)
+
+
+@torch.no_grad()
+def _freeze(model: nn.Module, anatomy: Anatomy) -> None:
+    learned = prompt.of(model)
+    assert isinstance(learned, _Autoencoder)
+    prompt.put(model, _Code(learned))
+
+
+@torch.no_grad()
+def _collapse(model: nn.Module, anatomy: Anatomy) -> None:
+    prompt.put(model, prompt.Prompt(prompt.of(model)().clone()))
