@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from edgepeft.anatomy import Anatomy
 from edgepeft.methods.base import Method, Paper
+from edgepeft.placements import rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,3 +24,10 @@ class Full(Method):
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
         model.requires_grad_(True)
+
+    def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        made = super().optimizer(model, lr, weight_decay)
+        if all(parameter.dtype is torch.float32 for group in made.param_groups for parameter in group["params"]):
+            return made
+        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in made.param_groups]
+        return rounding.AdamW(groups, lr=lr)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edgepeft.anatomy import ROLES, Anatomy
 from edgepeft.methods.base import Method, Paper
+from edgepeft.placements import rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class GaLore(Method):
 class GaLoreAdamW(torch.optim.Optimizer):
     """AdamW that updates each parameter from a hook in backward; ``step`` has nothing left to do.
 
-    States are fp32 whatever the parameter's dtype: a bf16 second moment stands still at beta2 = 0.999.
+    States are fp32 whatever the parameter's dtype, as they are small; a bf16 parameter is rounded at random.
     """
 
     def __init__(
@@ -98,9 +99,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         del denominator
         if projected:
             update = unproject(update, state["basis"]).mul_(self.scale)
-        if parameter.dim() > 1 and self.weight_decay:
-            parameter.mul_(1 - lr * self.weight_decay)
-        parameter.add_(update.to(parameter.dtype), alpha=-lr)
+        decay = self.weight_decay if parameter.dim() > 1 else 0.0
+        rounding.add(parameter, update, -lr, 1 - lr * decay)
 
 
 def range_basis(gradient: Tensor, rank: int, iterations: int = 2) -> Tensor:
