@@ -132,7 +132,7 @@ def _before(module: nn.Module, prompt: Any, key: Tensor) -> tuple[Tensor, Tensor
 
 
 def _weighing(shares: Tensor, length: int, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """``mask`` as what is added to scores, and before it ``shares``, (batch, Q, P or 1), whose exponents multiply weights.
+    """``mask`` as what is added to scores, behind ``shares`` (batch, Q, P or 1), whose exponents multiply weights.
 
     Returns:
         (batch, 1, Q, P + K), where P is ``length``.
@@ -141,7 +141,7 @@ def _weighing(shares: Tensor, length: int, mask: Tensor | None, query: Tensor, k
     if mask is None:
         mask = shares.new_zeros(1, 1, 1, key.shape[2])
     elif mask.dtype is torch.bool:
-        mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min)
+        mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
     own = mask.to(query.dtype).expand(batch, 1, queries, key.shape[2])
     shares = shares.to(query.dtype)[:, None].expand(batch, 1, queries, length)
     return torch.cat([shares, own], dim=-1)
