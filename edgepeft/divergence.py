@@ -14,7 +14,8 @@ _HELD = 6  # matrices of logits that are alive at once
 
 def divergence(first: Tensor, second: Tensor) -> Tensor:
     """½ KL(p‖q) + ½ KL(q‖p), summed over the rows, in nats, of the distributions with logits (rows, classes)."""
-    return _compared(first.float(), second.float())[0]
+    log_p, log_q = first.float().log_softmax(-1), second.float().log_softmax(-1)
+    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum()
 
 
 def linear_divergence(
@@ -33,14 +34,6 @@ def linear_divergence(
     return _LinearDivergence.apply(first, second, weight, bias, softcap)
 
 
-def _compared(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum, the probabilities of both, and the difference of their logarithms."""
-    log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
-    p, q = log_p.exp(), log_q.exp()
-    apart = log_p - log_q
-    return 0.5 * ((p - q) * apart).sum(), p, q, apart
-
-
 class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -55,8 +48,11 @@ class _LinearDivergence(torch.autograd.Function):
                 bent = [value.div_(softcap).tanh_() for value in logits]
                 slopes = [1 - value.square() for value in bent]
                 logits = [value.mul_(softcap) for value in bent]
-            found, p, q, apart = _compared(*logits)
-            total += found
+            log_p, log_q = (value.sub_(value.logsumexp(-1, keepdim=True)) for value in logits)
+            p, q = log_p.exp(), log_q.exp()
+            apart = log_p.sub_(log_q)
+            del logits, log_p, log_q
+            total += 0.5 * (p - q).mul_(apart).sum()
             # With d = log p - log q the derivative by a logit of the first is ½ (p - q + p (d - Σ p d)),
             # by one of the second -½ (p - q + q (d - Σ q d)).
             for number, (own, sign) in enumerate(((p, 0.5), (q, -0.5))):
@@ -65,6 +61,8 @@ class _LinearDivergence(torch.autograd.Function):
                 if slopes is not None:
                     gradient.mul_(slopes[number])
                 gradients[number][part] = times(gradient, weight)
+                del centred, gradient, own
+            del p, q, apart, slopes
         ctx.gradients = gradients
         return total
 
