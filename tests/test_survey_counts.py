@@ -1,4 +1,4 @@
-"""Trained parameters against those the survey printed (Lialin et al., arXiv 2303.15647v2, tables 4 and 5), to the digit.
+"""Trained parameters against those of the survey (Lialin et al., arXiv 2303.15647v2, tables 4 and 5), to the digit.
 
 The survey took LoRA from HF peft (rank 8) and the other methods from the AdapterHub library, with its defaults.
 """

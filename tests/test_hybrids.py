@@ -1,0 +1,131 @@
+"""Hybrids are the sum of their parts: with a part silenced, what is left is another method, or the backbone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from conformance import randomised
+from torch import nn
+
+from edgepeft import adapter, backbone
+from edgepeft.evaluate import sample_logits
+from edgepeft.methods import base, s4
+from edgepeft.placements.gate import Gate
+
+FAMILIES = ("llama", "bert", "t5")
+CLOSED, OPEN = -1e3, 1e3  # what a gate's sigmoid takes for 0 and for 1
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return adapter.trained(model)
+
+
+def logits(model: nn.Module, family: str) -> torch.Tensor:
+    return sample_logits(model.eval(), [tiny.batch(family)])[0]
+
+
+def set_gates(model: nn.Module, bias: float) -> None:
+    for module in model.modules():
+        if isinstance(module, Gate):
+            module.weight.data.zero_()
+            module.bias.data.fill_(bias)
+
+
+def randomised_twin(family: str, name: str, **options: Any) -> Any:
+    made, _ = tiny.adapted(family, name, **options)
+    randomised(made.model)
+    return made.model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mam_is_a_prefix_and_a_parallel_adapter(family: str) -> None:
+    mam = randomised_twin(family, "mam")
+    prefix = tiny.adapted(family, "prefix_tuning")[0].model
+    parts = [name for name in trained(mam) if ".bottleneck." not in name]
+    assert parts == list(trained(prefix))
+    for name in parts:
+        trained(prefix)[name].data.copy_(trained(mam)[name].data)
+    parallel, _ = tiny.adapted(family, "parallel")
+    assert {name for name in trained(mam) if ".bottleneck." in name} == {
+        name for name in trained(parallel.model) if ".bottleneck." in name
+    }
+    assert not torch.allclose(logits(mam, family), logits(prefix, family), atol=1e-3)
+    for name, parameter in trained(mam).items():
+        if ".bottleneck." in name and ".up." in name:
+            parameter.data.zero_()
+    assert torch.equal(logits(mam, family), logits(prefix, family))
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "t5"])
+def test_unipelt_with_closed_gates_is_the_backbone(family: str) -> None:
+    """Of a decoder too, but for its positions, which begin behind the prefix."""
+    model = randomised_twin(family, "unipelt")
+    plain = tiny.load(family).model
+    plain.load_state_dict(
+        {**plain.state_dict(), **{n: p for n, p in trained(model).items() if n in plain.state_dict()}}
+    )
+    assert not torch.allclose(logits(model, family), logits(plain, family), atol=1e-3)
+    set_gates(model, CLOSED)
+    torch.testing.assert_close(logits(model, family), logits(plain, family), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["unipelt", "adaptive_prefix"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefix_behind_open_gates_is_a_plain_one(family: str, name: str) -> None:
+    """Once the rest is silent: UniPELT's low-rank changes and adapters, the scales of adaptive prefixes."""
+    model = randomised_twin(family, name)
+    set_gates(model, OPEN)
+    prefix = tiny.adapted(family, "prefix_tuning")[0].model
+    for key, parameter in trained(model).items():
+        if ".delta." in key or ".bottleneck." in key:
+            parameter.data.zero_()
+        elif key.endswith("prefix.scale"):
+            parameter.data.fill_(1.0)
+        elif not key.rpartition("gate.")[1]:
+            trained(prefix)[key.replace("prefix.prefix", "prefix")].data.copy_(parameter.data)
+    torch.testing.assert_close(logits(model, family), logits(prefix, family), rtol=0, atol=1e-5)
+
+
+def test_gates_weigh_each_token_by_itself() -> None:
+    gate = Gate(4, 3, torch.device("cpu"))
+    tiny.randomise(gate)
+    x = torch.randn(2, 5, 4)
+    torch.testing.assert_close(gate(x), torch.sigmoid(x @ gate.weight.T + gate.bias))
+    torch.testing.assert_close(gate.log(1e3 * x), nn.functional.logsigmoid(1e3 * x @ gate.weight.T + gate.bias))
+
+
+@pytest.mark.parametrize(
+    ("layers", "sizes"), [(2, [0, 1, 1, 0]), (6, [1, 2, 2, 1]), (12, [2, 4, 4, 2]), (24, [4, 8, 8, 4])]
+)
+def test_s4_groups_form_a_spindle(layers: int, sizes: list[int]) -> None:
+    groups = [s4.group(layer, layers) for layer in range(layers)]
+    assert groups == sorted(groups)
+    assert [Counter(groups)[number] for number in range(4)] == sizes
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_s4_trains_each_group_as_it_was_published(family: str) -> None:
+    config = tiny.configuration(family)
+    for name in ("num_hidden_layers", "num_layers", "num_decoder_layers"):
+        if hasattr(config, name):
+            setattr(config, name, 6)
+    made = backbone.skeleton(config, task=tiny.task(family), at="fp32")
+    base.complete(tiny.method("s4"), made)
+    published = [  # A adapter, P prefix, B bias, L LoRA
+        {"bottleneck", "delta"},
+        {"bottleneck", "prefix"},
+        {"bottleneck", "prefix"},
+        {"bottleneck", "prefix", "bias"},
+        {"bottleneck", "prefix", "bias"},
+        {"prefix", "bias", "delta"},
+    ]
+    for number, block in enumerate(made.anatomy.blocks):
+        names = [n.removeprefix(block.path) for n in trained(made.model) if n.startswith(f"{block.path}.")]
+        kinds = {
+            next((k for k in ("bottleneck", "prefix", "delta") if f".{k}." in n), n.rpartition(".")[2]) for n in names
+        }
+        assert kinds == published[number % 6] - ({"bias"} if family == "t5" else set()), block.path
