@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ln": ("ln_tuning", {}),
     "lora_qv": ("lora", QUERY_VALUE),
     "lora_all": ("lora", {}),
-    "krona": ("krona", {}),
+    "krona": ("krona", {"rank": 8, "targets": QUERY_VALUE["targets"]}),
     "compacter": ("compacter", {}),
     "compacter_pp": ("compacter_pp", {}),
     "mam": ("mam", {}),
@@ -108,12 +108,12 @@ def traced(model: str, method: str, options: Mapping[str, Any], setting: Setting
         return tracker.work()["steady"]
 
 
-def spearman(one: list[float], other: list[float]) -> float:
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     """Rank correlation; ties share their mean rank."""
     return statistics.correlation(_ranks(one), _ranks(other))
 
 
-def _ranks(values: list[float]) -> list[float]:
+def _ranks(values: Sequence[float]) -> list[float]:
     ordered = sorted(values)
     return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
 
@@ -133,4 +133,4 @@ if __name__ == "__main__":
     for model, rows in compare().items():
         for row, (was, is_) in sorted(rows.items(), key=lambda item: -item[1][0]):
             print(f"{model:9} {row:13} {was:7.1f} {is_:7.1f}")
-        print(model, len(rows), "Spearman", round(spearman(*map(list, zip(*rows.values()))), 3))
+        print(model, len(rows), "Spearman", round(spearman(*zip(*rows.values(), strict=True)), 3))

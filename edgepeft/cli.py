@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,12 +82,18 @@ def plan(
     target_len: TargetLen = None,
     global_batch: GlobalBatch = None,
     settings: Set = None,
+    infer: Annotated[bool, typer.Option("--infer", help="Plan running the model, not training it.")] = False,
+    target: Annotated[str | None, typer.Option("--target", help="The device that runs it, with --infer.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that the model brings along.")] = False,
     as_json: Json = False,
 ) -> None:
     """Say what fits a device, before a byte of weights is downloaded. Exit code 1 when nothing does."""
     from edgepeft import backbone, hardware, planning, tables
 
+    if infer or target:
+        training = {"--gpu": gpu, "--method": method, "--precision": precision, "--global-batch": global_batch}
+        _plan_inference(model, infer, target, task, seq_len, training, trust_remote_code, as_json)
+        return
     device = hardware.load(gpu or hardware.AUTO)
     source = backbone.resolve(model)
     found = planning.plan_model(
@@ -189,6 +195,33 @@ def main() -> None:
         sys.stdout.flush()
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _plan_inference(
+    model: str,
+    infer: bool,
+    target: str | None,
+    task: str | None,
+    tokens: int | None,
+    training: Mapping[str, Any],
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    given = [flag for flag, value in training.items() if value is not None]
+    if not infer or given:
+        cause = f"{', '.join(given)} is about training." if infer else "It names the device that runs a model."
+        raise UsageError("plan: these flags do not go together.", cause, "plan --infer --target DEVICE --model MODEL")
+    from edgepeft import backbone, hardware, inferplan, tables
+
+    device = hardware.load(target or hardware.AUTO)
+    source = backbone.resolve(model)
+    found = inferplan.plan_model(source, device, task=task, tokens=tokens, trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json(found.as_json())
+    else:
+        tables.inference(found)
+    if not found.fits:
+        raise typer.Exit(1)
 
 
 def _values(

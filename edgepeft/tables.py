@@ -10,6 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:  # each command loads what it shows; help and profiles must not wait for torch
     from edgepeft.hardware import Hardware
+    from edgepeft.inferplan import InferencePlan
     from edgepeft.ledger import Row
     from edgepeft.plan import Plan
 
@@ -65,6 +66,10 @@ def profile(each: Hardware) -> None:
         "reserved_bytes": each.reserved_bytes,
         "bandwidth": each.bandwidth,
         **{f"flops.{kind}": value for kind, value in each.flops.items()},
+        **{f"reached.{operation}": share for operation, share in each.reached.items()},
+        "call_seconds": each.call_seconds,
+        "watts": each.watts,
+        "price": each.price,
         "cores": each.cores,
         "instructions": " ".join(each.instructions) or None,
         "providers": ", ".join(each.providers),
@@ -134,6 +139,27 @@ def plan(found: Plan) -> None:
     )
     if found.choice is not None:
         _screen.print(f"Choice: {found.why}", highlight=False)
+
+
+def inference(found: InferencePlan) -> None:
+    """What running a model takes at each precision."""
+    free = found.hardware.available_bytes / GiB
+    title = f"Running {found.model} on {found.hardware.name}: {free:.1f} GiB free, {found.tokens} tokens of context"
+    table = Table("", "precision", title=title, title_justify="left", box=None, header_style="bold")
+    for column in ("memory", "weights", "keys and values", "rest", "reads tokens/s", "writes tokens/s"):
+        table.add_column(column, justify="right")
+    for each in found.variants:
+        sizes = (each.needed_bytes, each.weights_bytes, each.cache_bytes, each.working_bytes)
+        table.add_row(
+            each.verdict,
+            each.precision,
+            *(f"{size / GiB:.2f}" for size in sizes),
+            f"{each.read_tokens_per_second:,.0f}",
+            _number(each.write_tokens_per_second, ",.1f"),
+            style="dim" if each.verdict == "NO" else None,
+        )
+    _screen.print(table)
+    _screen.print("Sizes in GiB. Speeds are what the device's bandwidth and FLOP/s allow, not measured.", style="dim")
 
 
 _KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "temporaries")

@@ -17,12 +17,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    {"errors", "files", "hardware", "machine", "precision", "catalog", "chat"},
+    {"errors", "files", "hardware", "machine", "precision", "catalog", "chat", "surface"},
     {"backbone", "anatomy", "data", "runtime", "cross_entropy", "divergence", "roofline"},
     {"methods", "placements", "step"},
-    {"recipe", "adapter", "evaluate", "checkpoint", "cuda_semantics", "allocator", "trace", "work", "events", "ledger"},
+    {"recipe", "schedule", "adapter", "evaluate", "checkpoint", "cuda_semantics", "allocator", "trace", "work", "events", "ledger"},
     {"probe", "workspace", "train", "merge", "export"},
-    {"plan", "deploy", "report"},
+    {"plan", "inferplan", "deploy", "report"},
     {"planning", "pipeline", "tables"},
     {"cli", "__main__"},
 )

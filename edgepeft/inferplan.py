@@ -1,0 +1,224 @@
+"""What running a model on a device takes, before it is exported: memory at each ONNX precision, and speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from edgepeft import backbone, roofline
+from edgepeft.errors import UsageError, nearest
+from edgepeft.export.packing import BLOCK
+from edgepeft.export.quantize import BITS, PROTECTED, SMALLEST
+from edgepeft.hardware import Hardware
+
+Verdict = Literal["FITS", "TIGHT", "NO"]
+PRECISIONS = ("fp32", *BITS)
+DEFAULT_TOKENS = 512
+SINGLE = 4  # bytes of fp32, which everything that is not quantised is in
+PROCESS_BYTES = 70 << 20
+"""Python, numpy, onnxruntime 1.31 and tokenizers, 51 MiB, and a tokenizer of 49,152 tokens, 18 MiB: resident memory
+measured on x86-64 Linux."""
+TIGHT = 0.9  # of what is free: the rest is for what a system does beside
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One precision: bytes of weights, of keys and values at the context length, of the rest; and tokens per second.
+
+    A classifier has no cache, and reads but does not write.
+    """
+
+    precision: str
+    weights_bytes: int
+    cache_bytes: int
+    working_bytes: int
+    needed_bytes: int
+    verdict: Verdict
+    read_tokens_per_second: float
+    write_tokens_per_second: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferencePlan:
+    """Every precision, the most exact first."""
+
+    hardware: Hardware
+    model: str
+    tokens: int
+    variants: tuple[Variant, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether any precision does."""
+        return any(variant.verdict != "NO" for variant in self.variants)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return {
+            "hardware": self.hardware.name,
+            "available_bytes": self.hardware.available_bytes,
+            "model": self.model,
+            "tokens": self.tokens,
+            "variants": [asdict(variant) for variant in self.variants],
+        }
+
+
+def plan(*, name: str, config: PretrainedConfig, task: str, hardware: Hardware, tokens: int) -> InferencePlan:
+    """Size and time a model that need not be here.
+
+    Args:
+        tokens: the context: prompt and answer together; for seq2seq the length of each.
+
+    Raises:
+        UsageError: fewer than two tokens.
+    """
+    if tokens < 2:
+        raise UsageError(f"A context of {tokens} tokens holds no question and answer.", "", "Use --seq-len 512.")
+    with torch.device("meta"):
+        model: Any = backbone.skeleton(config, task=task, at="fp32").model
+    variants = tuple(_variant(model, task, at, hardware, tokens) for at in PRECISIONS)
+    return InferencePlan(hardware=hardware, model=name, tokens=tokens, variants=variants)
+
+
+def plan_model(
+    source: backbone.Source, hardware: Hardware, *, task: str | None, tokens: int | None, trust_remote_code: bool
+) -> InferencePlan:
+    """What ``edgepeft plan --infer`` does.
+
+    Raises:
+        UsageError: an unknown task, or a context longer than the model's positions.
+    """
+    if task is not None and task not in backbone.TASKS:
+        raise UsageError(f"There is no task {task!r}.", "", nearest(task, backbone.TASKS))
+    config = backbone.config(source, trust_remote_code=trust_remote_code)
+    most = backbone.positions(config)
+    if tokens is not None and most is not None and tokens > most:
+        raise UsageError(
+            f"{source.name} cannot read {tokens} tokens.", f"It has {most} positions.", f"Use --seq-len {most} or less."
+        )
+    return plan(
+        name=source.name,
+        config=config,
+        task=task or backbone.default_task(config),
+        hardware=hardware,
+        tokens=tokens or min(DEFAULT_TOKENS, most or DEFAULT_TOKENS),
+    )
+
+
+def weights_bytes(model: Any, task: str, precision: str) -> int:
+    """Bytes of the weights of the exported graphs; ``export.quantize`` says what is stored how."""
+    size = sum(_stored(weight, kind, task, precision) for weight, kind in _weights(model))
+    if task == "seq2seq":  # encoder and decoder are graphs of their own, and both look tokens up
+        size += _stored(model.get_input_embeddings().weight, "lookup", task, precision)
+    return size
+
+
+def cache_bytes(model: Any, task: str, tokens: int) -> int:
+    """Bytes of keys and values after ``tokens`` tokens, from the cache that the model itself makes."""
+    if task == "classification":
+        return 0
+    ids = torch.ones(1, 2, dtype=torch.long, device="meta")
+    inputs = {"decoder_input_ids": ids} if task == "seq2seq" else {}
+    with torch.no_grad():
+        made = model(input_ids=ids, use_cache=True, **inputs).past_key_values
+    stacks = (made.self_attention_cache, made.cross_attention_cache) if task == "seq2seq" else (made,)
+    layers = [layer for stack in stacks for layer in stack.layers]
+    each = sum(t.numel() // t.shape[-2] for layer in layers for t in (layer.keys, layer.values))
+    return each * tokens * SINGLE
+
+
+def _variant(model: Any, task: str, precision: str, hardware: Hardware, tokens: int) -> Variant:
+    weights, cache = weights_bytes(model, task, precision), cache_bytes(model, task, tokens)
+    working = PROCESS_BYTES + _repacked_bytes(model, task, precision) + _activation_bytes(model, task, tokens)
+    needed = weights + cache + working
+    share = needed / hardware.available_bytes
+    reading, writing = _speeds(model, task, precision, hardware, weights, cache)
+    return Variant(
+        precision=precision,
+        weights_bytes=weights,
+        cache_bytes=cache,
+        working_bytes=working,
+        needed_bytes=needed,
+        verdict="NO" if share > 1 else "TIGHT" if share > TIGHT else "FITS",
+        read_tokens_per_second=reading,
+        write_tokens_per_second=writing,
+    )
+
+
+def _speeds(
+    model: Any, task: str, precision: str, hardware: Hardware, weights: int, cache: int
+) -> tuple[float, float | None]:
+    """Tokens per second of reading a prompt and of writing: the roofline, with two operations a weight and token.
+
+    The int8 kernels multiply integers; so do the int4 ones, once they have unpacked the weights.
+    """
+    dtype = "fp32" if precision == "fp32" else "int8"
+    linear = sum(weight.numel() for weight, kind in _weights(model) if kind in ("linear", "head"))
+    peak = roofline.peak(hardware, dtype)
+    reading = peak * roofline.reached(hardware, "matmul") / (2 * linear)
+    if task == "classification":
+        return reading, None
+    computing = 2 * linear / (peak * roofline.reached(hardware, "thin"))
+    moving = (weights + cache) / (hardware.bandwidth * roofline.reached(hardware, "elementwise"))
+    return reading, 1 / max(computing, moving)
+
+
+def _repacked_bytes(model: nn.Module, task: str, precision: str) -> int:
+    """onnxruntime lays integer weights out anew for its kernels and keeps what it read; fp32 ones it replaces.
+
+    SmolLM2-135M, measured after loading: fp32 527 MiB for 515 of weights, int8 221 MiB for 147.
+    """
+    if precision == "fp32":
+        return 0
+    return sum(_stored(weight, kind, task, precision) for weight, kind in _weights(model) if kind in ("linear", "head"))
+
+
+def _activation_bytes(model: Any, task: str, tokens: int) -> int:
+    """What reading a prompt of half the context holds at its widest: a layer's inner states, or all token logits."""
+    widest = max(weight.shape[0] for weight, kind in _weights(model) if kind == "linear")
+    vocabulary = 0 if task == "classification" else model.config.vocab_size
+    return tokens // 2 * (2 * widest + vocabulary) * SINGLE
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
+    """Each weight once, with what it is: linear, protected, lookup, head (tied to a lookup) or plain."""
+    lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    tied = {id(head.weight)} & lookups if head is not None else set()
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for part, weight in module.named_parameters(recurse=False):
+            if id(weight) in seen:
+                continue
+            seen.add(id(weight))
+            if id(weight) in tied:
+                yield weight, "head"
+            elif id(weight) in lookups:
+                yield weight, "lookup"
+            elif isinstance(module, nn.Linear) and part == "weight":
+                yield weight, "protected" if PROTECTED in name.split(".") else "linear"
+            else:
+                yield weight, "plain"
+
+
+def _stored(weight: torch.Tensor, kind: str, task: str, precision: str) -> int:
+    rows = weight.shape[0]
+    columns = weight.shape[1] if weight.dim() > 1 else 1
+    plain = weight.numel() * SINGLE
+    if precision == "fp32" or weight.dim() != 2 or min(rows, columns) < SMALLEST or kind in ("plain", "protected"):
+        return plain
+    if kind in ("lookup", "head"):
+        return plain if columns % BLOCK else _blocks(rows, columns, 8)
+    if precision == "int8" and task != "causal-lm":
+        return rows * columns + rows * SINGLE
+    return _blocks(rows, columns, BITS[precision])
+
+
+def _blocks(rows: int, columns: int, bits: int) -> int:
+    count = rows * -(-columns // BLOCK)
+    return count * (BLOCK * bits // 8 + SINGLE)

@@ -1,0 +1,88 @@
+"""One self-contained page for a model: machines by methods, coloured by what fits and with which microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from edgepeft.files import write_text
+from edgepeft.report.markup import Html, counted, join, memory, number, tag
+
+Plan = Mapping[str, Any]
+STEPS = (1, 2, 4, 8, 16, 32)  # microbatches at which the colour deepens
+
+
+def write(plans: Sequence[Plan], path: Path) -> None:
+    """Write the page.
+
+    Args:
+        plans: one plan of the same model for each machine, as ``Plan.as_json`` gives them.
+    """
+    model = plans[0]["model"]
+    page = Template(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+    title = tag("title", f"edgepeft: {model} on {counted(len(plans), 'machine')}")
+    write_text(path, page.substitute(title=title, body=body(plans)))
+
+
+def body(plans: Sequence[Plan]) -> Html:
+    """The inside of the page. Machines are rows, the smallest first; each cell opens on a tap."""
+    ordered = sorted(plans, key=lambda plan: plan["available_bytes"])
+    methods = list(dict.fromkeys(c["method"] for plan in ordered for c in plan["candidates"]))
+    # What most machines can run comes first, so that a phone shows it without scrolling.
+    methods.sort(key=lambda method: -sum(best(plan, method) is not None for plan in ordered))
+    head = tag("tr", tag("th", "machine", scope="col"), *(tag("th", tag("span", m), scope="col") for m in methods))
+    rows = [_row(plan, methods) for plan in ordered]
+    fitting = sum(best(plan, method) is not None for plan in ordered for method in methods)
+    said = f"{fitting} of {counted(len(ordered) * len(methods), 'pair')} of machine and method fit."
+    return join(
+        tag("h1", ordered[0]["model"]),
+        tag("p", said, class_="subtitle"),
+        _legend(),
+        tag("div", tag("table", tag("thead", head), tag("tbody", *rows), class_="heat"), class_="scroll"),
+        tag(
+            "p",
+            "A cell shows the largest microbatch at the most exact precision that fits. Tap it for its peak memory.",
+            class_="note",
+        ),
+    )
+
+
+def best(plan: Plan, method: str) -> Mapping[str, Any] | None:
+    """The method's first candidate that fits: plans are ordered, best first."""
+    return next((c for c in plan["candidates"] if c["method"] == method and c["fits"]), None)
+
+
+def _row(plan: Plan, methods: Sequence[str]) -> Html:
+    name = join(plan["hardware"], tag("small", memory(plan["available_bytes"])))
+    return tag("tr", tag("th", name, scope="row"), *(_cell(plan, method) for method in methods))
+
+
+def _cell(plan: Plan, method: str) -> Html:
+    found = best(plan, method)
+    if found is not None:
+        depth = sum(found["microbatch"] >= step for step in STEPS)
+        return tag("td", _opened(number(found["microbatch"]), found, plan), class_=f"fit heat{depth}")
+    tried = [c for c in plan["candidates"] if c["method"] == method]
+    if not tried:
+        return tag("td", "–", class_="untried", title=f"{method} cannot train this model here")
+    least = min(tried, key=lambda candidate: candidate["peak_bytes"])
+    return tag("td", _opened("no", least, plan), class_="unfit")
+
+
+def _opened(shown: str, candidate: Mapping[str, Any], plan: Plan) -> Html:
+    """What the cell says when it is tapped, and when the pointer rests on it."""
+    peak = f"peak {memory(candidate['peak_bytes'])} of {memory(plan['available_bytes'])}"
+    again = ", checkpointed" if candidate["checkpointing"] else ""
+    what = f"{candidate['method']}, {candidate['precision']}{again}"
+    parts = sorted(candidate["bytes"].items(), key=lambda item: -item[1])
+    lines = [tag("b", what), peak, f"in {candidate['phase']}", *(f"{k} {memory(v)}" for k, v in parts if v)]
+    inside = tag("div", *(tag("div", line) for line in lines))
+    return tag("details", tag("summary", shown, title=f"{plan['hardware']}: {what}, {peak}"), inside)
+
+
+def _legend() -> Html:
+    shown = [tag("span", tag("i", class_=f"fit heat{i + 1}"), f"{step}") for i, step in enumerate(STEPS)]
+    return tag("p", "microbatch", *shown, tag("span", tag("i", class_="unfit"), "does not fit"), class_="legend")
