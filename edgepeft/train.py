@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,17 +21,19 @@ from torch import nn
 from edgepeft import adapter, checkpoint, events
 from edgepeft.backbone import Backbone
 from edgepeft.data import Data
+from edgepeft.data.batches import sample
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.evaluate import better, evaluate
 from edgepeft.files import remove_leftovers
 from edgepeft.methods import base
-from edgepeft.methods.base import Method, Stage
+from edgepeft.methods.base import Method
 from edgepeft.recipe import Recipe
+from edgepeft.schedule import learning_rate, legs, total_steps
 from edgepeft.step import Batch, TrainingStep
 from edgepeft.trace import Tracker
 
 CHECKPOINT_SECONDS = 600  # at most this much work is lost to a kill
-MEASURED_STEPS = 2  # the first has the longest batch, the second the optimizer's states as well
+MEASURED_STEPS = 2  # of each stage: in the second the longest batch meets optimizer states and others' gradients
 
 
 class Interrupted(EdgePeftError):
@@ -57,54 +59,14 @@ class _Progress:
     best: dict[str, float] | None = None
     best_step: int = 0
     waited: int = 0  # evaluations since the best
-    peak_bytes: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
+    stages: list[dict[str, Any]] = field(default_factory=list)  # what each stage that began took
 
+    def sum(self, what: str) -> Any:
+        return sum(stage[what] for stage in self.stages)
 
-def steps_per_epoch(examples: int, microbatch: int, global_batch: int) -> int:
-    """Updates in one pass over the data; the last one may be smaller."""
-    return math.ceil(math.ceil(examples / microbatch) / (global_batch // microbatch))
-
-
-def total_steps(recipe: Recipe, examples: int) -> int:
-    """Updates of the whole run."""
-    assert recipe.microbatch is not None
-    steps = math.ceil(recipe.epochs * steps_per_epoch(examples, recipe.microbatch, recipe.global_batch))
-    return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
-
-
-@dataclass(frozen=True)
-class Leg:
-    """The updates ``first`` to ``last`` (from 1) of a run, which belong to one stage of its method."""
-
-    stage: Stage
-    first: int
-    last: int
-
-
-def legs(recipe: Recipe, method: Method, examples: int) -> list[Leg]:
-    """The stages of a run's method, in order, each with its updates: a share of the run's, or its own number."""
-    stages, found, done = method.stages(), [], 0
-    shared, total = sum(stage.share for stage in stages if stage.updates is None), total_steps(recipe, examples)
-    used = 0.0
-    for stage in stages:
-        if stage.updates is not None:
-            updates = stage.updates
-        else:
-            before, used = used, used + stage.share
-            updates = max(1, round(total * used / shared) - round(total * before / shared))
-        found.append(Leg(stage, done + 1, done := done + updates))
-    return found
-
-
-def learning_rate(recipe: Recipe, highest: float, step: int, total: int) -> float:
-    """The rate of update ``step`` (from 1): a linear rise over the warm-up, then a cosine or linear fall to zero."""
-    warmup = math.ceil(recipe.warmup * total)
-    if step <= warmup:
-        return highest * step / warmup
-    left = (total - step + 1) / (total - warmup + 1)
-    return highest * (0.5 * (1 - math.cos(math.pi * left)) if recipe.schedule == "cosine" else left)
+    @property
+    def peak_bytes(self) -> int:
+        return max((stage["peak_bytes"] for stage in self.stages), default=0)
 
 
 def check(recipe: Recipe, method: Method) -> None:
@@ -165,7 +127,7 @@ class _Run:
         self.leg = 0
         self.step = self._step_of_leg()
         self.total = self.legs[-1].last
-        self.interval = max(1, math.ceil(self.total / recipe.evaluations))
+        self.interval = max(1, math.ceil(total_steps(recipe, len(data.train)) / recipe.evaluations))
         self.progress = _Progress()
         self.interrupted = False
         self.card = adapter.card(
@@ -221,7 +183,7 @@ class _Run:
                 "train", total=self.total, completed=self.progress.step, loss=0.0, speed=0.0, memory=0.0
             )
             for microbatches in self._remaining():
-                if self.progress.step == self.legs[self.leg].last:
+                while self.progress.step == self.legs[self.leg].last:
                     self._next_leg()
                 if self.recipe.patience is not None and self.progress.waited >= self.recipe.patience:
                     break
@@ -235,10 +197,9 @@ class _Run:
                     speed=done["tokens_per_second"],
                     memory=done["memory_bytes"] / 2**30,
                 )
-                evaluated = self.progress.step % self.interval == 0 or self.progress.step == self.total
-                if evaluated:
-                    self._evaluate(log)
                 ended = self.progress.step == self.legs[self.leg].last
+                if evaluated := self._is_evaluated():
+                    self._evaluate(log)
                 if evaluated or ended or self.interrupted or time.monotonic() - saved > CHECKPOINT_SECONDS:
                     checkpoint.save(
                         self.out / "checkpoints", self.model, self.step.optimizer, dict(vars(self.progress))
@@ -261,24 +222,29 @@ class _Run:
         for number, leg in enumerate(self.legs):
             size = 1 if leg.stage.one_by_one else self.recipe.microbatch
             accumulation = 1 if leg.stage.one_by_one else self.recipe.global_batch // size
-            updates = self._updates(size, accumulation, self.recipe.seed + number)
+            # The longest batch comes in the second update, on top of all that stays from one update to the next and,
+            # where there are others before it, of their gradients; the second longest is the very first.
+            heaviest = (accumulation + min(1, accumulation - 1), 0) if leg.last > leg.first else (0,)
+            updates = self._updates(size, accumulation, self.recipe.seed + number, heaviest)
             for step, parts in zip(range(leg.first, leg.last + 1), updates, strict=False):
                 if step > self.progress.step:
                     yield [_unpadded(self.data.train.collate(part)) for part in parts]
 
-    def _updates(self, size: int, accumulation: int, seed: int) -> Iterator[list[list[int]]]:
+    def _updates(self, size: int, accumulation: int, seed: int, heaviest: tuple[int, ...]) -> Iterator[list[list[int]]]:
         """The examples of the microbatches of every update, epoch after epoch without end."""
         for epoch in itertools.count():
-            order = self.data.train.microbatches(size, seed=seed, epoch=epoch, longest_first=epoch == 0)
+            order = self.data.train.microbatches(size, seed=seed, epoch=epoch, longest_at=() if epoch else heaviest)
             for first in range(0, len(order), accumulation):
                 yield order[first : first + accumulation]
 
     def _step_of_leg(self) -> TrainingStep:
         """The training step of the current leg, whose stage has begun."""
+        stage = self.legs[self.leg].stage
+        clips = stage.clips and not self.method.updates_in_backward
         return TrainingStep(
             self.model,
-            self.legs[self.leg].stage.optimizer(self.model, self.rate, self.recipe.weight_decay),
-            clip_norm=None if self.method.updates_in_backward else self.recipe.clip_norm,
+            stage.optimizer(self.model, self.rate, self.recipe.weight_decay),
+            clip_norm=self.recipe.clip_norm if clips else None,
             backward=self.accelerator.backward,
             penalty=self.method.penalty,
             after_update=self.method.after_update,
@@ -295,24 +261,18 @@ class _Run:
         started = time.perf_counter()
         step = self.progress.step + 1
         leg = self.legs[self.leg]
+        if step == leg.first:
+            self._begin_accounts()
         lr = learning_rate(self.recipe, self.rate, step - leg.first + 1, leg.last - leg.first + 1)
-        if self.device.type == "cpu" and step < leg.first + MEASURED_STEPS:
-            tracker = Tracker(cuda=False)
-            tracker.label([*self.model.parameters(), *self.model.buffers()], "weights")
-            for state in self.step.optimizer.state.values():
-                tracker.label((value for value in state.values() if isinstance(value, torch.Tensor)), "optimizer")
-            with tracker.phase("step"):
-                loss, norm = self._update(microbatches, lr, step)
-            self.progress.peak_bytes = max(self.progress.peak_bytes, tracker.peaks()["step"].peak_bytes)
-        else:
-            loss, norm = self._update(microbatches, lr, step)
-        if self.device.type == "cuda":
-            self.progress.peak_bytes = max(self.progress.peak_bytes, torch.cuda.max_memory_allocated(self.device))
+        loss, norm, peak_bytes = self._measured(microbatches, lr, step)
         seconds = time.perf_counter() - started
         tokens = sum(batch["input_ids"].numel() for batch in microbatches)
         self.progress.step = step
-        self.progress.seconds += seconds
-        self.progress.tokens += tokens
+        took = self.progress.stages[-1]
+        took["updates"] += 1
+        took["peak_bytes"] = max(took["peak_bytes"], peak_bytes)
+        took["seconds"] += seconds
+        took["tokens"] += tokens
         return {
             "loss": loss,
             "lr": lr,
@@ -321,6 +281,28 @@ class _Run:
             "tokens_per_second": tokens / seconds,
             "memory_bytes": events.memory_bytes(self.device),
         }
+
+    def _begin_accounts(self) -> None:
+        trained = sum(parameter.numel() for parameter in self.step.trained)
+        name = self.legs[self.leg].stage.name
+        self.progress.stages.append(
+            {"name": name, "trained": trained, "updates": 0, "peak_bytes": 0, "seconds": 0.0, "tokens": 0}
+        )
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _measured(self, microbatches: list[Batch], lr: float, step: int) -> tuple[float, float | None, int]:
+        """Loss and norm of one update, and the most bytes of tensors that were held."""
+        if self.device.type == "cuda":
+            return *self._update(microbatches, lr, step), torch.cuda.max_memory_allocated(self.device)
+        if step >= self.legs[self.leg].first + MEASURED_STEPS:
+            return *self._update(microbatches, lr, step), 0
+        tracker = Tracker(cuda=False)
+        tracker.label([*self.model.parameters(), *self.model.buffers()], "weights")
+        tracker.label_optimizer(self.step.optimizer)
+        with tracker.phase("step"):
+            loss, norm = self._update(microbatches, lr, step)
+        return loss, norm, tracker.peaks()["step"].peak_bytes
 
     def _update(self, microbatches: list[Batch], lr: float, step: int) -> tuple[float, float | None]:
         loss = self._finite(float(self.step.backward(microbatches, lr)), "loss", step)
@@ -339,6 +321,13 @@ class _Run:
                 f"Run with --set lr={self.rate / 3:.1g} into another folder. The last checkpoint is as it was.",
             )
         return value
+
+    def _is_evaluated(self) -> bool:
+        """Whether the update just made is followed by an evaluation; none is in a stage that only measures."""
+        leg = self.legs[self.leg]
+        if leg.stage.updates is not None and leg.last < self.total:
+            return False
+        return (self.progress.step - leg.first + 1) % self.interval == 0 or self.progress.step == leg.last
 
     def _evaluate(self, log: events.EventLog) -> None:
         metrics = evaluate(self.model, validation_batches(self.data, self.recipe))
@@ -364,8 +353,9 @@ class _Run:
             "end",
             self.progress.step,
             measured_peak_bytes=self.progress.peak_bytes,
-            seconds=self.progress.seconds,
-            tokens_per_second=self.progress.tokens / max(self.progress.seconds, 1e-9),
+            seconds=self.progress.sum("seconds"),
+            tokens_per_second=self.progress.sum("tokens") / max(self.progress.sum("seconds"), 1e-9),
+            stages=[{**s, "tokens_per_second": s["tokens"] / max(s["seconds"], 1e-9)} for s in self.progress.stages],
             metrics=self.progress.best,
             best_step=self.progress.best_step,
         )
@@ -380,7 +370,7 @@ class _Run:
 def validation_batches(data: Data, recipe: Recipe) -> list[Batch]:
     """The examples every evaluation of a run uses, in microbatches."""
     size = recipe.microbatch or 1
-    order = range(min(len(data.validation), recipe.validation_limit))
+    order = sample(len(data.validation), recipe.validation_limit, seed=recipe.seed)
     return [data.validation.collate(list(order[first : first + size])) for first in range(0, len(order), size)]
 
 

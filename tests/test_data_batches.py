@@ -14,6 +14,7 @@ from tiny_tokenizers import CHATML, byte_level, unigram, word_piece
 import edgepeft.data.build
 from edgepeft.data import Data, load
 from edgepeft.data.batches import microbatches
+from edgepeft.data.batches import sample as sampled
 from edgepeft.data.partition import partition
 from edgepeft.errors import UsageError
 
@@ -45,14 +46,23 @@ def test_order_never_changes() -> None:
     assert (train.tolist(), held_out.tolist()) == ([0, 1, 5, 6, 7, 8, 9, 10, 11], [2, 3, 4])
 
 
-def test_longest_first_changes_nothing_but_the_place_of_two() -> None:
+def test_the_longest_are_moved_and_nothing_else() -> None:
     lengths = np.random.RandomState(1).geometric(0.02, 100)
     plain = microbatches(lengths, 4, seed=0, epoch=0)
-    first = microbatches(lengths, 4, seed=0, epoch=0, longest_first=True)
-    assert sorted(plain) == sorted(first)
-    assert sum(a != b for a, b in zip(plain, first, strict=True)) <= 2
-    padded = [int(lengths[batch].max()) * len(batch) for batch in first]
-    assert padded[0] == max(padded)
+    moved = microbatches(lengths, 4, seed=0, epoch=0, longest_at=(3, 0, 99))
+    assert sorted(plain) == sorted(moved)
+    assert sum(a != b for a, b in zip(plain, moved, strict=True)) <= 4
+    padded = [int(lengths[batch].max()) * len(batch) for batch in moved]
+    assert [padded[3], padded[0]] == sorted(padded, reverse=True)[:2]
+    assert microbatches(np.array([3]), 4, seed=0, epoch=0, longest_at=(3, 0)) == [[0]]
+
+
+def test_a_sample_is_of_the_whole_file() -> None:
+    assert sampled(5, 5, seed=1) == sampled(5, 9, seed=1) == [0, 1, 2, 3, 4]
+    chosen = sampled(10_000, 100, seed=1)
+    assert chosen == sampled(10_000, 100, seed=1) != sampled(10_000, 100, seed=2)
+    assert chosen == sorted(set(chosen)) and len(chosen) == 100
+    assert 3_500 < np.mean(chosen) < 6_500 and sampled(12, 4, seed=0) == [4, 6, 10, 11]
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +15,12 @@ import tiny
 import training
 from safetensors.torch import load_file
 
-from edgepeft import checkpoint, events
+from edgepeft import checkpoint, schedule
 from edgepeft import train as trainer
-from edgepeft.adapter import TENSORS
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.evaluate import evaluate
 from edgepeft.files import remove_leftovers
 from edgepeft.recipe import Recipe
-
-# Children are forked from a server that has imported everything, not from this process with its threads.
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["training", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama"])
-
-
-def result(out: Path) -> bytes:
-    return (out / "adapter" / TENSORS).read_bytes()
-
-
-def log(out: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in events.read(out / "events.jsonl") if event["event"] == kind]
-
-
-def in_a_process_that_dies(what: Callable[..., None], *arguments: Any) -> None:
-    process = _SERVER.Process(target=what, args=arguments)
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
-
 
 RUNS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -69,31 +45,31 @@ RUNS: dict[str, dict[str, Any]] = {
 def test_killed_and_resumed_ends_in_the_same_bytes(name: str, tmp_path: Path) -> None:
     chosen = training.written(**{"task": "causal-lm"} | RUNS[name])
     training.run(chosen, tmp_path / "whole")
-    steps = log(tmp_path / "whole", "step")
+    steps = training.log(tmp_path / "whole", "step")
     accumulation = chosen.global_batch // (chosen.microbatch or 1)
     passes = random.randrange(4 * accumulation, 9 * accumulation)  # after the first checkpoint, before the last
     print(f"killed in forward pass {passes}")
-    in_a_process_that_dies(training.run_until_killed, chosen, tmp_path / "killed", passes)
+    training.dies(training.run_until_killed, chosen, tmp_path / "killed", passes)
     assert not (tmp_path / "killed" / "adapter").exists()
     assert checkpoint.newest(tmp_path / "killed" / "checkpoints") is not None
     training.run(chosen, tmp_path / "killed")
-    assert result(tmp_path / "killed") == result(tmp_path / "whole")
-    resumed = log(tmp_path / "killed", "step")
+    assert training.result(tmp_path / "killed") == training.result(tmp_path / "whole")
+    resumed = training.log(tmp_path / "killed", "step")
     same = ("step", "loss", "lr", "grad_norm", "tokens")
     assert [[event[key] for key in same] for event in resumed] == [[event[key] for key in same] for event in steps]
-    metrics = [event["metrics"] for event in log(tmp_path / "whole", "evaluation")]
-    assert [event["metrics"] for event in log(tmp_path / "killed", "evaluation")] == metrics
-    assert len(log(tmp_path / "killed", "resume")) == 1
+    metrics = [event["metrics"] for event in training.log(tmp_path / "whole", "evaluation")]
+    assert [event["metrics"] for event in training.log(tmp_path / "killed", "evaluation")] == metrics
+    assert len(training.log(tmp_path / "killed", "resume")) == 1
 
 
 def test_killed_before_the_first_checkpoint_starts_over(tmp_path: Path) -> None:
     chosen = training.written("causal-lm")
-    in_a_process_that_dies(training.run_until_killed, chosen, tmp_path / "killed", 3)
-    assert [event["step"] for event in log(tmp_path / "killed", "step")] == [1]
+    training.dies(training.run_until_killed, chosen, tmp_path / "killed", 3)
+    assert [event["step"] for event in training.log(tmp_path / "killed", "step")] == [1]
     training.run(chosen, tmp_path / "killed")
     training.run(chosen, tmp_path / "whole")
-    assert result(tmp_path / "killed") == result(tmp_path / "whole")
-    assert [event["step"] for event in log(tmp_path / "killed", "step")] == list(range(1, 11))
+    assert training.result(tmp_path / "killed") == training.result(tmp_path / "whole")
+    assert [event["step"] for event in training.log(tmp_path / "killed", "step")] == list(range(1, 11))
 
 
 def test_killed_while_writing(tmp_path: Path) -> None:
@@ -103,7 +79,7 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     deaths = 0
     for renames in range(100):
         out = tmp_path / f"killed-{renames}"
-        process = _SERVER.Process(target=training.run_until_killed_while_writing, args=(chosen, out, renames))
+        process = training.SERVER.Process(target=training.run_until_killed_while_writing, args=(chosen, out, renames))
         process.start()
         process.join(120)
         if process.exitcode == 0:
@@ -111,7 +87,7 @@ def test_killed_while_writing(tmp_path: Path) -> None:
         assert process.exitcode == -signal.SIGKILL
         deaths += 1
         training.run(chosen, out)
-        assert result(out) == result(tmp_path / "whole"), f"killed before rename {renames}"
+        assert training.result(out) == training.result(tmp_path / "whole"), f"killed before rename {renames}"
         leftovers = [path.name for path in out.rglob("*") if ".part" in path.name or ".old" in path.name]
         assert not leftovers
     assert deaths >= 7
@@ -129,12 +105,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
         training.run(chosen, tmp_path / "stopped", press)
     assert caught.value.exit_code == 130 and "same command" in caught.value.remedy
     assert signal.getsignal(signal.SIGINT) is before
-    stopped_at = log(tmp_path / "stopped", "step")[-1]["step"]
+    stopped_at = training.log(tmp_path / "stopped", "step")[-1]["step"]
     newest = checkpoint.newest(tmp_path / "stopped" / "checkpoints")
     assert newest is not None and newest.name == f"step-{stopped_at:08d}" and 3 <= stopped_at <= 5
     training.run(chosen, tmp_path / "stopped")
     training.run(chosen, tmp_path / "whole")
-    assert result(tmp_path / "stopped") == result(tmp_path / "whole")
+    assert training.result(tmp_path / "stopped") == training.result(tmp_path / "whole")
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
@@ -150,12 +126,12 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
 def test_a_finished_run_is_finished(tmp_path: Path) -> None:
     chosen = training.written("causal-lm")
     first = training.run(chosen, tmp_path / "run")
-    before = result(tmp_path / "run")
+    before = training.result(tmp_path / "run")
     passes: list[int] = []
     again = training.run(chosen, tmp_path / "run", passes.append)
-    assert result(tmp_path / "run") == before and again.metrics == first.metrics
+    assert training.result(tmp_path / "run") == before and again.metrics == first.metrics
     assert passes == []
-    assert len(log(tmp_path / "run", "end")) == 1
+    assert len(training.log(tmp_path / "run", "end")) == 1
 
 
 @pytest.fixture
@@ -192,9 +168,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
     assert len(others) == 1 and others[0] in caught.value.remedy
     shutil.rmtree(newest)
     training.run(chosen, out)
-    assert log(out, "resume")[-1]["step"] == int(others[0].removeprefix("step-"))
+    assert training.log(out, "resume")[-1]["step"] == int(others[0].removeprefix("step-"))
     training.run(chosen, out.parent / "whole")
-    assert result(out) == result(out.parent / "whole")
+    assert training.result(out) == training.result(out.parent / "whole")
 
 
 def test_a_checkpoint_of_another_method_is_refused(stopped: tuple[Recipe, Path]) -> None:
@@ -228,12 +204,12 @@ def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
     """A rate so high that evaluations get worse; resumed, it does no further step."""
     chosen = training.written("causal-lm", lr=0.3, warmup=0.0, evaluations=10, patience=1, schedule="linear")
     done = training.run(chosen, tmp_path / "run")
-    evaluations = log(tmp_path / "run", "evaluation")
+    evaluations = training.log(tmp_path / "run", "evaluation")
     losses = [event["metrics"]["loss"] for event in evaluations]
     best = losses.index(min(losses))
     assert len(losses) < 10 and len(losses) == best + 2
     assert done.metrics["loss"] == min(losses)
-    assert log(tmp_path / "run", "end")[0]["best_step"] == evaluations[best]["step"]
+    assert training.log(tmp_path / "run", "end")[0]["best_step"] == evaluations[best]["step"]
     passes: list[int] = []
     training.run(chosen, tmp_path / "run", passes.append)
     assert passes == []
@@ -248,7 +224,7 @@ def test_the_best_adapter_is_the_one_that_is_kept(tmp_path: Path) -> None:
     made, _, read = training.prepared(chosen, tmp_path / "cache")
     adapter.load(done.adapter, made.model)
     assert evaluate(made.model, trainer.validation_batches(read, chosen)) == done.metrics
-    evaluations = [event["metrics"] for event in log(tmp_path / "run", "evaluation")]
+    evaluations = [event["metrics"] for event in training.log(tmp_path / "run", "evaluation")]
     assert done.metrics["accuracy"] == max(metrics["accuracy"] for metrics in evaluations)
     card = adapter.read_card(done.adapter)
     assert (card.method, card.task, card.labels) == ("lora", "classification", ("long", "longer", "short"))
@@ -263,63 +239,29 @@ def test_checkpoints_are_few(tmp_path: Path) -> None:
 def test_events_tell_the_run(tmp_path: Path) -> None:
     chosen = training.written("causal-lm")
     done = training.run(chosen, tmp_path / "run")
-    steps = log(tmp_path / "run", "step")
+    steps = training.log(tmp_path / "run", "step")
     _, _, read = training.prepared(chosen, tmp_path / "cache")
     for event in steps:
-        assert event["lr"] == trainer.learning_rate(chosen, 5e-3, event["step"], 10)
+        assert event["lr"] == schedule.learning_rate(chosen, 5e-3, event["step"], 10)
         assert event["tokens_per_second"] > 0 and event["memory_bytes"] > 10**7 and event["grad_norm"] > 0
     padded = [
         len(part) * int(read.train.lengths[part].max())
         for epoch in (0, 1)
-        for part in read.train.microbatches(2, seed=0, epoch=epoch, longest_first=epoch == 0)
+        for part in read.train.microbatches(2, seed=0, epoch=epoch)
     ]
     assert sum(event["tokens"] for event in steps) == sum(padded)
-    assert [event["step"] for event in log(tmp_path / "run", "evaluation")] == [3, 6, 9, 10]
-    (end,) = log(tmp_path / "run", "end")
+    assert [event["step"] for event in training.log(tmp_path / "run", "evaluation")] == [3, 6, 9, 10]
+    (end,) = training.log(tmp_path / "run", "end")
     assert end["measured_peak_bytes"] == done.measured_peak_bytes > 0
     assert list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*"))
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
-@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize("total", [1, 2, 10, 101])
-def test_schedules_rise_and_fall(schedule: str, warmup: float, total: int) -> None:
-    chosen = training.written("causal-lm", schedule=schedule, warmup=warmup)
-    rates = [trainer.learning_rate(chosen, 2.0, step, total) for step in range(1, total + 1)]
-    rise = math.ceil(warmup * total)
-    assert rates[:rise] == [2.0 * step / rise for step in range(1, rise + 1)]
-    fall = rates[rise:]
-    assert all(a > b for a, b in zip(fall, fall[1:], strict=False)) and all(0 < rate <= 2.0 for rate in rates)
-    if schedule == "linear" and len(fall) > 2:
-        slopes = [a - b for a, b in zip(fall, fall[1:], strict=False)]
-        assert max(slopes) - min(slopes) < 1e-9
-    if schedule == "cosine" and len(fall) > 20:
-        left = (total - rise) // 2  # half-way down, half the rate
-        assert fall[left] == pytest.approx(1.0, abs=0.1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"epochs": 1.0}, 5),
-        ({"epochs": 2.0}, 10),
-        ({"epochs": 0.5}, 3),
-        ({"epochs": 2.0, "max_steps": 4}, 4),
-        ({"epochs": 0.5, "max_steps": 4}, 3),
-        ({"microbatch": 1}, 10),
-        ({"microbatch": 4, "global_batch": 4}, 10),
-    ],
-)
-def test_total_steps(changes: dict[str, Any], expected: int) -> None:
-    assert trainer.total_steps(training.written("causal-lm", **changes), 20) == expected
 
 
 def test_every_example_is_seen_once_an_epoch(tmp_path: Path) -> None:
     """20 examples in microbatches of 3: the last update of an epoch is smaller."""
     chosen = training.written("causal-lm", microbatch=3, global_batch=6, epochs=2.0)
-    assert trainer.total_steps(chosen, 20) == 8
+    assert schedule.total_steps(chosen, 20) == 8
     training.run(chosen, tmp_path / "run")
-    assert len(log(tmp_path / "run", "step")) == 8
+    assert len(training.log(tmp_path / "run", "step")) == 8
 
 
 @pytest.mark.parametrize(
@@ -357,7 +299,7 @@ def test_the_details_of_the_plan_are_logged(tmp_path: Path) -> None:
     chosen = training.written("causal-lm", max_steps=1)
     made, method, read = training.prepared(chosen, tmp_path / "cache")
     trainer.train(chosen, made, method, read, tmp_path / "run", start={"predicted_peak_bytes": 7})
-    (start,) = log(tmp_path / "run", "start")
+    (start,) = training.log(tmp_path / "run", "start")
     assert start["predicted_peak_bytes"] == 7 and start["total_steps"] == 1
 
 

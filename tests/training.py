@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -14,12 +15,17 @@ import tiny
 import tiny_tokenizers
 from torch import nn
 
-from edgepeft import backbone, data, recipe
+from edgepeft import backbone, data, events, recipe
 from edgepeft import train as training
+from edgepeft.adapter import TENSORS
 from edgepeft.backbone import Backbone
 from edgepeft.data import Data
 from edgepeft.methods import base
 from edgepeft.recipe import Recipe
+
+# Children are forked from a server that has imported everything, not from this process with its threads.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["training", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama"])
 
 ROWS = 22
 WORDS = "the quick brown fox jumps over a lazy dog and runs on to the small board".split()
@@ -101,8 +107,10 @@ def run(chosen: Recipe, out: Path, on_forward: Callable[[int], None] | None = No
     return training.train(chosen, made, method, read, out, start={})
 
 
-def run_until_killed(chosen: Recipe, out: Path, passes: int) -> None:
+def run_until_killed(chosen: Recipe, out: Path, passes: int, checkpoint_seconds: float | None = None) -> None:
     """Train, and die without warning in the forward pass after ``passes``. For a process of its own."""
+    if checkpoint_seconds is not None:
+        training.CHECKPOINT_SECONDS = checkpoint_seconds
 
     def die(number: int) -> None:
         if number == passes:
@@ -122,3 +130,21 @@ def run_until_killed_while_writing(chosen: Recipe, out: Path, renames: int) -> N
 
     os.replace = dying  # type: ignore[assignment]
     run(chosen, out)
+
+
+def dies(what: Callable[..., None], *arguments: Any) -> None:
+    """Run ``what`` in a process that kills itself."""
+    process = SERVER.Process(target=what, args=arguments)  # type: ignore[attr-defined]
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def result(out: Path) -> bytes:
+    """The adapter's file."""
+    return (out / "adapter" / TENSORS).read_bytes()
+
+
+def log(out: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of a kind."""
+    return [event for event in events.read(out / "events.jsonl") if event["event"] == kind]

@@ -17,7 +17,9 @@ GROUP = 50
 """Microbatches in a group. Sorting by length happens inside groups only: a fully sorted epoch would not be random."""
 
 
-def microbatches(lengths: Numbers, size: int, *, seed: int, epoch: int, longest_first: bool = False) -> list[list[int]]:
+def microbatches(
+    lengths: Numbers, size: int, *, seed: int, epoch: int, longest_at: Sequence[int] = ()
+) -> list[list[int]]:
     """The microbatches of an epoch: every example once, examples of similar length together, in random order.
 
     The order is a function of the arguments alone, on every platform, so a resumed run goes on where it was:
@@ -26,8 +28,8 @@ def microbatches(lengths: Numbers, size: int, *, seed: int, epoch: int, longest_
     Args:
         lengths: tokens per example, ``(examples,)``.
         size: examples per microbatch; one microbatch may have fewer.
-        longest_first: begin with the microbatch that pads to the most tokens, so that an out-of-memory error comes at
-            once.
+        longest_at: where to put the microbatch that pads to the most tokens, the one after it, and so on: early, so
+            that an out-of-memory error comes at once. Places beyond the end are left out.
     """
     random = np.random.RandomState([seed, epoch])
     order = random.permutation(len(lengths))
@@ -37,11 +39,22 @@ def microbatches(lengths: Numbers, size: int, *, seed: int, epoch: int, longest_
         group = group[np.argsort(-lengths[group], kind="stable")]
         batches.extend(group[i : i + size] for i in range(0, len(group), size))
     shuffled = [batches[i] for i in random.permutation(len(batches))]
-    if longest_first and shuffled:
-        padded = [len(batch) * int(lengths[batch].max()) for batch in shuffled]
-        longest = padded.index(max(padded))
-        shuffled[0], shuffled[longest] = shuffled[longest], shuffled[0]
+    padded = [len(batch) * int(lengths[batch].max()) for batch in shuffled]
+    placed: set[int] = set()
+    for place in (place for place in longest_at if place < len(shuffled)):
+        longest = max((i for i in range(len(shuffled)) if i not in placed), key=padded.__getitem__)
+        for row in (shuffled, padded):
+            row[place], row[longest] = row[longest], row[place]
+        placed.add(place)
     return [batch.tolist() for batch in shuffled]
+
+
+def sample(count: int, limit: int, *, seed: int) -> list[int]:
+    """Ascending indices of all of ``count`` examples, or of a random ``limit`` of them: files are often sorted."""
+    if count <= limit:
+        return list(range(count))
+    chosen: list[int] = np.sort(np.random.RandomState(seed).permutation(count)[:limit]).tolist()
+    return chosen
 
 
 def classification_batch(inputs: Sequence[Numbers], labels: Numbers, *, pad_id: int) -> dict[str, torch.Tensor]:

@@ -55,9 +55,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def microbatches(self, size: int, *, seed: int, epoch: int, longest_first: bool = False) -> list[list[int]]:
+    def microbatches(self, size: int, *, seed: int, epoch: int, longest_at: Sequence[int] = ()) -> list[list[int]]:
         """The microbatches of an epoch as lists of example indices; see :func:`edgepeft.data.batches.microbatches`."""
-        return microbatches(self.lengths, size, seed=seed, epoch=epoch, longest_first=longest_first)
+        return microbatches(self.lengths, size, seed=seed, epoch=epoch, longest_at=longest_at)
 
     def collate(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """The examples ``indices`` as one right-padded batch; see :mod:`edgepeft.data.batches` for its tensors."""
