@@ -30,7 +30,8 @@ class Decomposed(delta.Delta):
     def norm(self, linear: nn.Module) -> Tensor:
         """‖V‖ of each row, (out,), in fp32, from ‖W‖² + 2 W·(B A) + ‖B A‖²."""
         weight, a, b = weight_of(linear), self.low.a, self.low.scale * self.low.b
-        own = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        own = torch.linalg.vector_norm(weight, dim=1, dtype=exact).square()
         crossed = (b * (weight @ a.t().to(weight.dtype))).sum(1)
         added = (b * (b @ (a @ a.t()))).sum(1)
         return (own + 2 * crossed + added).clamp_min(0).sqrt()

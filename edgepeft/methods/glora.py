@@ -101,7 +101,8 @@ class Generalised(delta.Delta):
         b: Any = self.get_submodule("b")
         if b.form == "lowrank":
             return precision.linear(precision.linear(x, b.up), b.down)
-        return (x.sum(-1, keepdim=True, dtype=torch.float32) * b.value.flatten()).to(x.dtype)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return (x.sum(-1, keepdim=True, dtype=exact) * b.value.flatten()).to(x.dtype)
 
     def _moved(self, linear: nn.Module) -> Tensor:
         """W C, (out,)"""
