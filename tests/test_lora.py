@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft_twin
 import pytest
 import tiny
 import torch
@@ -124,3 +125,39 @@ def test_targets_that_do_not_exist() -> None:
     with pytest.raises(UsageError, match="match no layer") as caught:
         tiny.adapted("llama", "lora", targets=("cross_query",))
     assert "ffn_in, ffn_out, key, output, query, value" in caught.value.remedy
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_rank_stabilised_it_is_pefts_rslora(family: str) -> None:
+    made, method = tiny.adapted(family, "lora", rank=4, alpha=6.0, rank_stabilised=True)
+    config = LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=made.anatomy.linears(ROLES))
+    factors = {"a": "lora_A", "b": "lora_B"}
+
+    def theirs_of(name: str) -> str:
+        path, _, factor = name.partition(".delta.")
+        return f"{path}.{factors[factor]}.default.weight"
+
+    peft_twin.compare(family, made, method, config, theirs_of)
+
+
+def test_the_two_factors_keep_the_ratio_of_their_rates() -> None:
+    """LoRA+: whatever the schedule says. Adam's first change of a number is its rate."""
+    made, method = tiny.adapted("bert", "lora", ratio=16.0)
+    trainer = step.TrainingStep(made.model, method.optimizer(made.model, 1e-3, 0.0), clip_norm=None)
+    tiny.randomise(nn.ParameterList(adapter.trained(made.model).values()))
+    before = {name: value.detach().clone() for name, value in adapter.trained(made.model).items()}
+    trainer.backward([tiny.batch("bert")], 2e-5)
+    trainer.update()
+    moved = {
+        name: (value.detach() - before[name]).abs().median().item()
+        for name, value in adapter.trained(made.model).items()
+    }
+    for name, change in moved.items():
+        expected = 32e-5 if name.endswith(".delta.b") else 2e-5
+        assert change == pytest.approx(expected, rel=0.02), name
+    assert sum(name.endswith(".delta.b") for name in moved) == 12
+
+
+def test_a_ratio_of_one_is_the_usual_optimizer() -> None:
+    made, method = tiny.adapted("llama", "lora")
+    assert not [group for group in method.optimizer(made.model, 1e-3, 0.1).param_groups if "lr_scale" in group]
