@@ -211,7 +211,7 @@ def test_positions_that_methods_take() -> None:
 
 
 def test_spot_starts_from_the_prompt_of_another_run() -> None:
-    made, method = tiny.adapted("llama", "spot")
+    made, method, _ = next(stages("llama", "spot"))
     folder = tiny.prompts("llama")[0]
     tuned, _ = tiny.adapted("llama", "prompt_tuning")
     adapter.load(Path(folder), tuned.model)
@@ -229,15 +229,22 @@ def test_spot_starts_from_the_prompt_of_another_run() -> None:
     ],
 )
 def test_spot_refuses_what_it_cannot_start_from(options: dict[str, Any], part: str) -> None:
+    method = tiny.method("spot", **{**tiny.others("llama", "spot"), **options})
     with pytest.raises(UsageError, match=part) as caught:
-        tiny.adapted("llama", "spot", **options)
+        base.apply(method, tiny.load("llama"))
     assert caught.value.cause and caught.value.remedy
 
 
 def test_a_prompt_of_another_backbone_is_refused() -> None:
     with pytest.raises(UsageError, match="is not one of this backbone") as caught:
-        tiny.adapted("qwen3", "spot", source=tiny.prompts("llama")[0])
+        base.apply(tiny.method("spot", source=tiny.prompts("llama")[0]), tiny.load("qwen3"))
     assert str(tiny.folder("llama")) in caught.value.cause and str(tiny.folder("qwen3")) in caught.value.cause
+
+
+@pytest.mark.parametrize(("name", "options"), [("spot", {"source": "gone"}), ("ipt", {"prompts": ("gone",)})])
+def test_a_trained_adapter_does_not_need_what_it_started_from(name: str, options: dict[str, Any]) -> None:
+    made, _ = tiny.adapted("llama", name, **options)
+    adapter.load(Path(tiny.prompts("llama")[1]), made.model)
 
 
 def test_an_adapter_without_a_prompt_is_refused(tmp_path: Path) -> None:
@@ -245,7 +252,7 @@ def test_an_adapter_without_a_prompt_is_refused(tmp_path: Path) -> None:
     card = adapter.card(method, model="m", task=made.task, precision="fp32", labels=None, seed=0)
     adapter.save(tmp_path / "lora", made.model, card)
     with pytest.raises(UsageError, match="holds no prompt"):
-        tiny.adapted("llama", "spot", source=str(tmp_path / "lora"))
+        base.apply(tiny.method("spot", source=str(tmp_path / "lora")), tiny.load("llama"))
 
 
 def test_ipt_goes_from_prompts_to_a_code_to_a_prompt() -> None:
@@ -295,5 +302,5 @@ def test_ipt_learns_to_give_prompts_back() -> None:
 
 def test_ipt_needs_the_prompts_of_several_tasks() -> None:
     with pytest.raises(UsageError, match="ipt needs the prompts of several tasks") as caught:
-        tiny.adapted("llama", "ipt", prompts=tiny.prompts("llama")[:1])
+        base.apply(tiny.method("ipt", prompts=tiny.prompts("llama")[:1]), tiny.load("llama"))
     assert "prompt_tuning" in caught.value.remedy

@@ -143,6 +143,10 @@ class Method(ABC):
         """The parts of training, in order. What is trained after the last one began is what an adapter holds."""
         return (Stage(name="train", optimizer=self.optimizer),)
 
+    def finished(self) -> Method:
+        """A method whose adapters are made like this one's, and which needs nothing that only training did."""
+        return self
+
     def penalty(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Tensor) -> Tensor | None:
         """A term added to the mean loss, a scalar with a graph; None for none.
 
@@ -205,6 +209,7 @@ def begin(method: Method, backbone: Backbone, stage: int) -> None:
 
 def complete(method: Method, backbone: Backbone) -> None:
     """Apply ``method`` and go through all its stages: the structure that a trained adapter belongs to."""
+    method = method.finished()
     apply(method, backbone)
     for stage in range(1, len(method.stages())):
         begin(method, backbone, stage)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from edgepeft.anatomy import Anatomy
 from edgepeft.errors import UsageError
 from edgepeft.methods.base import Method, NotMergeable, Paper, Stage
+from edgepeft.methods.prompt_tuning import PromptTuning
 from edgepeft.placements import prefix, prompt, stored
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class IPT(Method):
     identity_at_start = False
     overhead = "a longer input"
     narrow = {"length": 5, "dimension": 32}
-    learning_rate = 3e-3
+    learning_rate = 1e-3
 
     prompts: tuple[str, ...] = ()
     """Folders of adapters, each with the prompt of one task; at least two."""
@@ -123,7 +124,7 @@ class IPT(Method):
         )
 
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """AdamW, ten times as fast for the code as for the network: as fast as prompts are trained."""
+        """AdamW, ten times as fast for the code as for the network."""
         made = super().optimizer(model, lr, weight_decay)
         code = getattr(prompt.of(model), "code", None)
         if code is None:
@@ -135,6 +136,9 @@ class IPT(Method):
     def penalty(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Tensor) -> Tensor | None:
         learned = prompt.of(model)
         return self.weight * learned.loss() if isinstance(learned, _Autoencoder) else None
+
+    def finished(self) -> Method:
+        return PromptTuning(length=self.length)
 
     def positions(self, configuration: PretrainedConfig) -> int:
         return self.length

@@ -10,6 +10,7 @@ from torch import nn
 from edgepeft.anatomy import Anatomy
 from edgepeft.errors import UsageError
 from edgepeft.methods.base import Method, NotMergeable, Paper
+from edgepeft.methods.prompt_tuning import PromptTuning
 from edgepeft.placements import prefix, prompt, stored
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ class SPoT(Method):
             )
         made = prompt.Prompt(stored.prompt(self.name, self.source, model, self.length))
         prompt.attach(self.name, model, anatomy, made, self.length)
+
+    def finished(self) -> Method:
+        return PromptTuning(length=self.length)
 
     def positions(self, configuration: PretrainedConfig) -> int:
         return self.length
