@@ -53,7 +53,7 @@ def test_a_prompt_is_that_of_hf_peft(family: str) -> None:
     model, plain = unwindowed(family, "prompt_tuning")
     kind = "SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM"
     config = peft.PromptTuningConfig(task_type=kind, num_virtual_tokens=LENGTH, num_transformer_submodules=1)
-    other = peft.get_peft_model(plain, config).eval()
+    other: Any = peft.get_peft_model(plain, config).eval()
     (embeddings,) = adapter.trained(model).values()
     other.prompt_encoder["default"].embedding.weight.data.copy_(embeddings.data)
     batch = tiny.batch(family)
@@ -73,7 +73,7 @@ def test_a_prefix_is_that_of_hf_peft(family: str) -> None:
         num_attention_heads=width // head,
         num_layers=2,
     )
-    other = peft.get_peft_model(plain, config).eval()
+    other: Any = peft.get_peft_model(plain, config).eval()
     other.prompt_encoder["default"].embedding.weight.data.copy_(torch.cat([s.data for s in states], dim=1))
     batch = tiny.batch(family)
     torch.testing.assert_close(sample_logits(model, [batch])[0], target_logits(other, batch, 0), rtol=0, atol=1e-5)
@@ -159,7 +159,7 @@ def test_a_condensed_prompt_is_made_once(family: str) -> None:
     model, batch = made.model.eval(), tiny.batch(family)
     before = sample_logits(model, [batch])[0]
     method.condense(model)
-    prompt.of(model).forward = None  # type: ignore[method-assign, assignment]
+    prompt.of(model).forward = None  # type: ignore[assignment]
     assert torch.equal(sample_logits(model, [batch])[0], before)
 
 

@@ -89,7 +89,7 @@ class IPT(Method):
     merges = False
     identity_at_start = False
     overhead = "a longer input"
-    narrow = {"length": 5, "dimension": 32}
+    narrow = {"length": 5, "dimension": 128}
     learning_rate = 1e-3
 
     prompts: tuple[str, ...] = ()
