@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from edgepeft import anatomy, catalog, precision
+from edgepeft.catalog import fields
 from edgepeft.errors import EdgePeftError, UsageError, nearest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 TASKS = ("classification", "causal-lm", "seq2seq")
-_POSITIONS = ("max_position_embeddings", "n_positions")  # T5 has n_positions too, but its positions are relative
 _LOADERS = {
     "classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
@@ -137,14 +137,7 @@ def default_task(configuration: PretrainedConfig) -> str:
 
 def positions(configuration: PretrainedConfig) -> int | None:
     """The longest sequence the model can read, or None when its positions are relative and unbounded (T5)."""
-    if configuration.model_type in ("t5", "mt5", "umt5"):
-        return None
-    found = next((getattr(configuration, name) for name in _POSITIONS if getattr(configuration, name, None)), None)
-    # RoBERTa counts its positions from pad_token_id + 1
-    offset = (
-        configuration.pad_token_id + 1 if configuration.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    )
-    return None if found is None else found - offset
+    return fields.positions(configuration.to_dict())
 
 
 def load(

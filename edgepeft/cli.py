@@ -84,21 +84,27 @@ def plan(
     settings: Set = None,
     infer: Annotated[bool, typer.Option("--infer", help="Plan running the model, not training it.")] = False,
     target: Annotated[str | None, typer.Option("--target", help="The device that runs it, with --infer.")] = None,
+    reserve: Annotated[float, typer.Option(min=0, help="GiB of the device to leave to others.")] = 0.0,
+    objective: Annotated[str, typer.Option(help="What decides among what fits: quality or memory.")] = "quality",
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="Write the choice as a recipe for `run`.")] = None,
+    data: Annotated[str, typer.Option("--data", help="The data that the recipe names.")] = "data.jsonl",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that the model brings along.")] = False,
     as_json: Json = False,
 ) -> None:
     """Say what fits a device, before a byte of weights is downloaded. Exit code 1 when nothing does."""
-    from edgepeft import backbone, hardware, planning, tables
+    from edgepeft import hardware, planning, tables
+    from edgepeft import recipe as recipes
 
+    if as_json and markdown:
+        raise UsageError("plan: --json and --markdown exclude each other.", "", "Leave one of them out.")
     if infer or target:
         training = {"--gpu": gpu, "--method": method, "--precision": precision, "--global-batch": global_batch}
         _plan_inference(model, infer, target, task, seq_len, training, trust_remote_code, as_json)
         return
-    device = hardware.load(gpu or hardware.AUTO)
-    source = backbone.resolve(model)
     found = planning.plan_model(
-        source,
-        device,
+        model,
+        planning.leaving(hardware.load(gpu or hardware.AUTO), round(reserve * 2**30)),
         task=task,
         method=method,
         precision=precision,
@@ -107,16 +113,63 @@ def plan(
         global_batch=global_batch,
         settings=settings or [],
         trust_remote_code=trust_remote_code,
+        objective=objective,
         progress=tables.quiet if as_json else tables.progress("tracing"),
     )
     if as_json:
         _print_json(found.as_json())
+    elif markdown:
+        print(tables.markdown(found))
     else:
         tables.plan(found)
+    if recipe is not None and found.choice is not None:
+        recipes.write(planning.recipe(found, data, seq_len, target_len, global_batch, settings or []), recipe)
     if found.choice is None:
         if as_json:
             raise typer.Exit(1)
         raise EdgePeftError(*found.nothing_fits())
+
+
+@app.command()
+def measure(
+    model: Annotated[str, typer.Option("--model", help="A folder, a GGUF file, a catalogue name or a hub id.")],
+    method: Annotated[str, typer.Option("--method", help="A method's name, or a dotted path.")],
+    task: Task = None,
+    precision: PrecisionOption = None,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=1, help="Tokens of a sequence.")] = 512,
+    target_len: Annotated[int, typer.Option("--target-len", min=1, help="Tokens of a target (seq2seq).")] = 128,
+    microbatch: Annotated[int, typer.Option(min=1, help="Sequences of a microbatch.")] = 1,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Compute activations again.")] = False,
+    settings: Set = None,
+    out: Annotated[Path | None, typer.Option("--out", help="A .csv file that the row is added to.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run two real steps on this machine, and compare what they hold with what was predicted."""
+    from edgepeft import backbone, hardware, tables
+    from edgepeft import measure as measuring
+    from edgepeft import recipe as recipes
+
+    values: dict[str, Any] = {}
+    for setting in settings or []:
+        recipes.assign(values, setting)
+    row = measuring.measure_model(
+        backbone.resolve(model),
+        hardware.load(hardware.AUTO),
+        task=task,
+        method=method,
+        options=values.get("options", {}),
+        precision_=precision,
+        microbatch=microbatch,
+        tokens=seq_len,
+        target_tokens=target_len,
+        checkpointing=checkpointing,
+    )
+    if out is not None:
+        measuring.append(out, row)
+    if as_json:
+        _print_json(row)
+    else:
+        tables.measured(row)
 
 
 @app.command()

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import multiprocessing
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from edgepeft import hardware as profiles
-from edgepeft import precision, probe
-from edgepeft.errors import EdgePeftError
+from edgepeft import traces
+from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.hardware import Hardware
-from edgepeft.methods import base
+from edgepeft.surface import TRAINING, Configuration, Surface
 
 GiB = 2**30
 LARGEST_MICROBATCH = 1024
@@ -21,23 +18,44 @@ COMFORTABLE = 4  # examples: below this a configuration is chosen only when noth
 SLACK = 1.08  # an allowance for what the caching allocator reserves beyond what is allocated; not measured
 CPU_PROCESS_BYTES = 500 << 20  # an allowance: imports alone were measured at 261 MB, the rest is for the allocator
 
-# Safest first. LoRA on all linear layers was at least as good as full tuning on every T5 size of the survey (arXiv
-# 2303.15647v2, table 5). Of the others that table has no rows here: they stand by how little memory they need.
-PREFERRED = ("lora", "lst", "ln_tuning", "galore", "full")
+TIGHT = 0.95  # a larger share of what is available is called tight: the replayed allocator is not the device's own
+PACKED = ("int8", "nf4")
+PRECISIONS = ("fp32", "bf16", *PACKED)
+
+# What is planned when no method is named, safest first. On T5-large, 3B and 11B of the survey (arXiv 2303.15647v2,
+# table 5) LoRA on all linears and Houlsby adapters were best on average, LN tuning close for far fewer parameters. LST
+# and GaLore are not in that table: they stand by how little memory they need.
+PREFERRED = ("lora", "houlsby", "ln_tuning", "lst", "galore", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One configuration: the largest microbatch that fits, or microbatch 1 when none does, and its peak."""
+    """One configuration: the largest microbatch that fits, or microbatch 1 when none does, and its peak.
+
+    Attributes:
+        verdict: FITS, TIGHT (into the margin) or NO.
+        peak_bytes: of tensors, in the phase that needs most; ``phase`` says which. ``bytes`` is it by kind.
+        reserved_bytes: what the allocator holds for them; ``process_bytes``: with what the process needs besides.
+        phases: every phase → bytes of tensors at its peak; those after training are ``merge``.
+    """
 
     method: str
     precision: str
     microbatch: int
     checkpointing: bool
     fits: bool
+    verdict: str
     peak_bytes: int
+    reserved_bytes: int
+    process_bytes: int
     phase: str
     bytes: Mapping[str, int]
+    phases: Mapping[str, int]
+
+    @property
+    def step_bytes(self) -> int:
+        """The peak of the training steps alone: what a run measures."""
+        return max(size for name, size in self.phases.items() if name.endswith(("forward+backward", "update")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +64,12 @@ class Plan:
 
     hardware: Hardware
     model: str
+    task: str
     candidates: tuple[Candidate, ...]
     choice: int | None
     why: str
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    """Methods that cannot be planned for this model, with the reason."""
 
     def chosen(self) -> Candidate:
         """The candidate to take.
@@ -81,9 +102,11 @@ class Plan:
             "hardware": self.hardware.name,
             "available_bytes": self.hardware.available_bytes,
             "model": self.model,
+            "task": self.task,
             "candidates": [dict(vars(candidate)) for candidate in self.candidates],
             "choice": self.choice,
             "why": self.why,
+            "excluded": dict(self.excluded),
         }
 
 
@@ -91,6 +114,11 @@ def needed_bytes(peak_bytes: int, hardware: Hardware) -> int:
     """Memory a process needs for a peak of tensors."""
     extra = CPU_PROCESS_BYTES if hardware.kind == "cpu" else 0
     return round(peak_bytes * SLACK) + extra
+
+
+def counted(hardware: Hardware) -> Sequence[str]:
+    """The phases that must fit the device: all of them on a CPU; on a GPU, merging may be left to the host."""
+    return TRAINING if hardware.kind == "cuda" else (*TRAINING, "merge")
 
 
 def plan(
@@ -110,6 +138,7 @@ def plan(
     microbatch: int | None = None,
     accumulates: bool = True,
     first: bool = False,
+    objective: str = "quality",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """Trace every candidate and choose.
@@ -120,10 +149,11 @@ def plan(
         methods, precisions, checkpointing, microbatch: narrow the search to these.
         accumulates: whether an update may take several microbatches.
         first: trace in the order of preference and stop at the first that fits comfortably: the same choice, sooner.
+        objective: what decides among what fits: quality (the safest method), or memory (the smallest peak).
         progress: called with how many configurations are traced, of how many.
     """
     wanted = [
-        probe.Configuration(
+        Configuration(
             model=model,
             task=task,
             method=method,
@@ -138,38 +168,54 @@ def plan(
             cuda=hardware.kind == "cuda",
             bf16=hardware.bf16,
         )
-        for method in (methods or [name for name in PREFERRED if name in base.names()])
+        for method in (methods or PREFERRED)
         for at in (precisions or default_precisions(hardware))
-        if not (base.find(method).writes_backbone and precision.is_packed(at))
+        if not (traces.traits(method).writes_backbone and at in PACKED)
         for again in ([checkpointing] if checkpointing is not None else [False, True])
-        if not again or base.find(method).backpropagates
+        if not again or traces.traits(method).backpropagates
     ]
     if not wanted:  # the precision that was asked for is one the method refuses
+        from edgepeft.methods import base
+
         for method in methods or ():
             for at in precisions or ():
                 base.create(method, options).check(at)
-    layers = probe.depth(model)
+        raise UsageError(
+            "There is nothing to plan.",
+            "Checkpointing saves nothing with a method that does not send gradients through the backbone.",
+            "Leave it out.",
+        )
     wanted.sort(key=lambda configuration: _preference(configuration, hardware))
     candidates: list[Candidate] = []
+    excluded: dict[str, str] = {}
+    refused: EdgePeftError | None = None
     for part in [[configuration] for configuration in wanted] if first else [wanted]:
-        for configuration, traced in zip(part, _trace_all(part, progress), strict=True):
-            candidates.append(_candidate(configuration, traced, layers, hardware, microbatch))
-        if first and candidates[-1].fits and _comfortable(candidates[-1], global_batch):
+        for configuration, traced in zip(part, traces.find(part, progress), strict=True):
+            if isinstance(traced, EdgePeftError):
+                refused = traced
+                excluded[configuration.method] = traced.fact
+            else:
+                candidates.append(_candidate(configuration, traced, hardware, microbatch))
+        if first and candidates and candidates[-1].fits and _comfortable(candidates[-1], global_batch):
             break  # all others rank behind it
-    candidates.sort(key=lambda candidate: _rank(candidate, global_batch, hardware))
+    if not candidates and refused is not None:
+        raise refused
+    candidates.sort(key=lambda candidate: _rank(candidate, global_batch, hardware, objective))
     choice = 0 if candidates and candidates[0].fits else None
     return Plan(
         hardware=hardware,
         model=name,
+        task=task,
         candidates=tuple(candidates),
         choice=choice,
-        why="" if choice is None else _why(candidates, hardware),
+        why="" if choice is None else _why(candidates, hardware, objective),
+        excluded=excluded,
     )
 
 
 def default_precisions(hardware: Hardware) -> list[str]:
     """The unpacked precision that the hardware is good at, and the packed ones."""
-    return ["bf16" if hardware.bf16 else "fp32", "int8", "nf4"]
+    return ["bf16" if hardware.bf16 else "fp32", *PACKED]
 
 
 def usable_microbatch(largest: int, global_batch: int) -> int:
@@ -177,35 +223,47 @@ def usable_microbatch(largest: int, global_batch: int) -> int:
     return max(size for size in range(1, min(largest, global_batch) + 1) if global_batch % size == 0)
 
 
-def _candidate(
-    configuration: probe.Configuration, traced: probe.Surface, layers: int, hardware: Hardware, fixed: int | None
-) -> Candidate:
-    def fits(size: int) -> bool:
-        return needed_bytes(traced.at(layers, size)[1].peak_bytes, hardware) <= hardware.available_bytes
+def _candidate(configuration: Configuration, traced: Surface, hardware: Hardware, fixed: int | None) -> Candidate:
+    only = counted(hardware)
 
-    if fixed is not None:
-        size, enough = fixed, fits(fixed)
-    else:
+    def need(size: int) -> int:
+        return needed_bytes(sum(traced.at(size, only)[1].values()), hardware)
+
+    def largest(limit: float) -> int:
         low, high = 0, LARGEST_MICROBATCH  # the largest that fits is in [low, high]; 0 always does
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle - 1)
-        size, enough = max(1, low), low > 0
-    phase, peak = traced.at(layers, size)
+            low, high = (middle, high) if need(middle) <= limit else (low, middle - 1)
+        return low
+
+    # Room is left if any microbatch allows it; else the margin is used, and the verdict says so.
+    size = fixed or largest(hardware.available_bytes * TIGHT) or largest(hardware.available_bytes) or 1
+    process = need(size)
+    verdict = "NO" if process > hardware.available_bytes else "FITS"
+    if verdict == "FITS" and process > hardware.available_bytes * TIGHT:
+        verdict = "TIGHT"
+    phase, kinds = traced.at(size, only)
+    peak = sum(kinds.values())
     return Candidate(
         method=configuration.method,
         precision=configuration.precision,
         microbatch=size,
         checkpointing=configuration.checkpointing,
-        fits=enough,
-        peak_bytes=peak.peak_bytes,
+        fits=verdict != "NO",
+        verdict=verdict,
+        peak_bytes=peak,
+        reserved_bytes=round(peak * SLACK),
+        process_bytes=process,
         phase=phase,
-        bytes=peak.bytes,
+        bytes=kinds,
+        phases={name: sum(held.values()) for name, held in traced.peaks(size).items()},
     )
 
 
-def _rank(candidate: Candidate, global_batch: int, hardware: Hardware) -> tuple[Any, ...]:
+def _rank(candidate: Candidate, global_batch: int, hardware: Hardware, objective: str) -> tuple[Any, ...]:
     """Smaller is better: what fits, at a comfortable microbatch, by the safest method, in the most exact precision."""
+    if objective == "memory":
+        return (not candidate.fits, candidate.process_bytes / candidate.microbatch, candidate.method)
     return (not candidate.fits, not _comfortable(candidate, global_batch), *_preference(candidate, hardware))
 
 
@@ -213,43 +271,22 @@ def _comfortable(candidate: Candidate, global_batch: int) -> bool:
     return candidate.microbatch >= min(COMFORTABLE, global_batch)
 
 
-def _preference(wanted: Candidate | probe.Configuration, hardware: Hardware) -> tuple[int, int, bool]:
-    order = [*default_precisions(hardware), *precision.PRECISIONS]
-    known = wanted.method in PREFERRED
+def _preference(wanted: Candidate | Configuration, hardware: Hardware) -> tuple[int, int, bool]:
+    order = [*default_precisions(hardware), *PRECISIONS]
     return (
-        PREFERRED.index(wanted.method) if known else -1,  # one's own method was asked for by name
+        PREFERRED.index(wanted.method) if wanted.method in PREFERRED else len(PREFERRED),
         order.index(wanted.precision),
         wanted.checkpointing,
     )
 
 
-def _why(candidates: Sequence[Candidate], hardware: Hardware) -> str:
+def _why(candidates: Sequence[Candidate], hardware: Hardware, objective: str) -> str:
     best = candidates[0]
+    if objective == "memory":
+        return f"{best.method} on {best.precision} needs least for each example of its microbatch."
     parts = [f"{best.method} is the safest method that fits with a microbatch of {best.microbatch}"]
-    if precision.is_packed(best.precision):
+    if best.precision in PACKED:
         parts.append(f"{best.precision} because the weights do not fit well at {default_precisions(hardware)[0]}")
     if best.checkpointing:
         parts.append("activations are computed again in backward because keeping them does not fit well")
     return "; ".join(parts) + "."
-
-
-def _trace_all(wanted: Sequence[probe.Configuration], progress: Callable[[int, int], None]) -> list[probe.Surface]:
-    """Traces run in processes of their own, one per core: a crash in one says which, and leaves the rest alone."""
-    progress(0, len(wanted))
-    if len(wanted) == 1:
-        found = [probe.surface(wanted[0])]
-        progress(1, 1)
-        return found
-    workers = min(len(wanted), len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count() or 1)
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-        futures = [pool.submit(probe.surface, configuration) for configuration in wanted]
-        for done, _ in enumerate(concurrent.futures.as_completed(futures), start=1):
-            progress(done, len(wanted))
-        return [future.result() for future in futures]
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from edgepeft import backbone, probe
+from edgepeft import catalog, traces
 from edgepeft import recipe as recipes
+from edgepeft.catalog.fields import positions
 from edgepeft.errors import UsageError, nearest
 from edgepeft.hardware import Hardware
-from edgepeft.methods import base
-from edgepeft.plan import Plan, plan
-from edgepeft.precision import check
+from edgepeft.plan import PRECISIONS, Plan, plan, usable_microbatch
+from edgepeft.recipe import Recipe
 
-DEFAULT_TOKENS, DEFAULT_TARGET_TOKENS, DEFAULT_GLOBAL_BATCH = 512, 128, 16
+DEFAULT_TOKENS, DEFAULT_TARGET_TOKENS, DEFAULT_GLOBAL_BATCH = traces.TOKENS, traces.TARGET_TOKENS, 16
+TASKS = ("classification", "causal-lm", "seq2seq")
+OBJECTIVES = ("quality", "memory")
+ALL = "all"
 
 
 def plan_model(
-    source: backbone.Source,
+    model: str,
     hardware: Hardware,
     *,
     task: str | None,
@@ -28,50 +33,136 @@ def plan_model(
     global_batch: int | None,
     settings: Sequence[str],
     trust_remote_code: bool,
+    objective: str = OBJECTIVES[0],
     progress: Callable[[int, int], None],
 ) -> Plan:
     """Plan the training of a model whose weights need not be here.
 
+    A model of the catalogue, at the usual lengths and with the usual methods, is planned from what was traced before;
+    torch is not imported then.
+
     Args:
+        model: a folder, a GGUF file, a catalogue name or a hub id.
+        method: a name, an alias, a dotted path, or ``all``; those of ``plan.PREFERRED`` when not given.
         settings: ``options.NAME=VALUE`` of the method.
 
     Raises:
         UsageError: an unknown name, or a sequence longer than the model can read.
     """
-    if precision is not None:
-        check(precision)
-    if task is not None and task not in backbone.TASKS:
-        raise UsageError(f"There is no task {task!r}.", "", nearest(task, backbone.TASKS))
+    for value, known in ((precision, PRECISIONS), (task, TASKS), (objective, OBJECTIVES)):
+        if value is not None and value not in known:
+            raise UsageError(f"plan: {value!r} is not known here.", "", nearest(value, known))
+    for flag, count in (("seq-len", tokens), ("target-len", target_tokens), ("global-batch", global_batch)):
+        if count is not None and count < 1:
+            raise UsageError(f"plan: --{flag} {count} must be positive.", "", "")
+    values = _options(settings, method)
+    methods, implied = _methods(method, values.get("options", {}))
+    if precision is not None and implied is not None and precision != implied:
+        raise UsageError(
+            f"{method} means {implied}, not {precision}.", "", "Leave --precision out, or name the method itself."
+        )
+    fields, usual = _model(model, trust_remote_code)
+    most = positions(fields)
+    if tokens is not None and most is not None and tokens > most:
+        raise UsageError(
+            f"{model} cannot read {tokens} tokens.", f"It has {most} positions.", f"Use --seq-len {most} or less."
+        )
+    at = precision or implied
+    return plan(
+        name=model,
+        model=fields,
+        task=task or usual,
+        hardware=hardware,
+        tokens=tokens or min(DEFAULT_TOKENS, most or DEFAULT_TOKENS),
+        target_tokens=target_tokens or DEFAULT_TARGET_TOKENS,
+        global_batch=global_batch or DEFAULT_GLOBAL_BATCH,
+        methods=methods,
+        options=values.get("options"),
+        precisions=[at] if at else None,
+        objective=objective,
+        progress=progress,
+    )
+
+
+def leaving(hardware: Hardware, reserve_bytes: int) -> Hardware:
+    """The hardware with some of its memory left to others.
+
+    Raises:
+        UsageError: it does not have that much.
+    """
+    if reserve_bytes >= hardware.available_bytes:
+        free = hardware.available_bytes / 2**30
+        raise UsageError(f"{hardware.name} has {free:.1f} GiB free for a job.", "", "Give --reserve less than that.")
+    return replace(hardware, reserved_bytes=hardware.reserved_bytes + reserve_bytes)
+
+
+def recipe(
+    found: Plan,
+    data: str,
+    tokens: int | None,
+    target_tokens: int | None,
+    global_batch: int | None,
+    settings: Sequence[str],
+) -> Recipe:
+    """The plan's choice as a recipe that ``edgepeft run --recipe`` takes.
+
+    Args:
+        data: what to train on.
+        settings: the ``--set`` that the plan was made with.
+    """
+    chosen = found.chosen()
+    global_batch = global_batch or DEFAULT_GLOBAL_BATCH
+    values: dict[str, Any] = {
+        "model": found.model,
+        "data": data,
+        "hardware": found.hardware.name,
+        "method": chosen.method,
+        "precision": chosen.precision,
+        "checkpointing": chosen.checkpointing,
+        "global_batch": global_batch,
+        "microbatch": usable_microbatch(chosen.microbatch, global_batch),
+        "max_tokens": tokens,
+        "max_target_tokens": target_tokens,
+        "task": found.task,
+    }
+    for setting in settings:
+        recipes.assign(values, setting)
+    return recipes.create({name: value for name, value in values.items() if value is not None})
+
+
+def _options(settings: Sequence[str], method: str | None) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for setting in settings:
         recipes.assign(values, setting)
-    if values.keys() - {"options"} or (values and method is None):
+    if values.keys() - {"options"} or (values and method in (None, ALL)):
         raise UsageError(
             "plan: --set takes options of a method, with --method.",
             "",
             "For example: --method lora --set options.rank=16",
         )
-    implied = None
-    if method is not None:
-        implied = base.implied_precision(method)
-        method = base.create(method, values.get("options", {})).name
-    config = backbone.config(source, trust_remote_code=trust_remote_code)
-    most = backbone.positions(config)
-    if tokens is not None and most is not None and tokens > most:
-        raise UsageError(
-            f"{source.name} cannot read {tokens} tokens.", f"It has {most} positions.", f"Use --seq-len {most} or less."
-        )
-    at = precision or implied
-    return plan(
-        name=source.name,
-        model=probe.as_fields(config),
-        task=task or backbone.default_task(config),
-        hardware=hardware,
-        tokens=tokens or min(DEFAULT_TOKENS, most or DEFAULT_TOKENS),
-        target_tokens=target_tokens or DEFAULT_TARGET_TOKENS,
-        global_batch=global_batch or DEFAULT_GLOBAL_BATCH,
-        methods=[method] if method else None,
-        options=values.get("options"),
-        precisions=[at] if at else None,
-        progress=progress,
-    )
+    return values
+
+
+def _methods(method: str | None, options: Mapping[str, Any]) -> tuple[list[str] | None, str | None]:
+    """The methods to plan, and the precision that an alias implies."""
+    if method is None:
+        return None, None
+    known = traces.named(method)
+    if known is not None and not options:
+        return [known[0]], known[1]
+    from edgepeft.methods import base
+
+    if method == ALL:
+        return base.names(), None
+    return [base.create(method, options).name], base.implied_precision(method)
+
+
+def _model(name: str, trust_remote_code: bool) -> tuple[dict[str, Any], str]:
+    """The configuration as plain data, and the task it is usually tuned for."""
+    known = None if Path(name).is_dir() or name.endswith(".gguf") else catalog.entry(name)
+    if known is not None:
+        return {field: value for field, value in known.items() if not field.startswith("_")}, known["_edgepeft"]["task"]
+    from edgepeft import backbone, probe
+
+    config = backbone.config(backbone.resolve(name), trust_remote_code=trust_remote_code)
+    return probe.as_fields(config), backbone.default_task(config)

@@ -118,11 +118,22 @@ def plan(found: Plan) -> None:
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
     for column in ("", "method", "precision", "checkpointed"):
         table.add_column(column)
-    for column in ("microbatch", "peak", "weights", "adapter", "gradients", "optimizer", "activations", "temporaries"):
+    for column in (
+        "microbatch",
+        "process",
+        "tensors",
+        "weights",
+        "adapter",
+        "gradients",
+        "optimizer",
+        "activations",
+        "temporaries",
+    ):
         table.add_column(column, justify="right")
+    table.add_column("in")
     for number, each in enumerate(found.candidates):
-        mark = "→" if number == found.choice else "fits" if each.fits else "no"
-        sizes = [each.peak_bytes, *(each.bytes.get(kind, 0) for kind in _KINDS)]
+        mark = "→" if number == found.choice else each.verdict
+        sizes = [each.process_bytes, each.peak_bytes, *(each.bytes.get(kind, 0) for kind in _KINDS)]
         table.add_row(
             mark,
             each.method,
@@ -130,15 +141,36 @@ def plan(found: Plan) -> None:
             "yes" if each.checkpointing else "",
             str(each.microbatch),
             *(f"{size / GiB:.2f}" for size in sizes),
+            each.phase,
             style="bold" if number == found.choice else None if each.fits else "dim",
         )
-    _screen.print(table)
+    _screen.print(table, width=max(_screen.width, 136))  # narrower, numbers would be cut
     _screen.print(
-        "Sizes in GiB, of tensors at the peak; the microbatch is the largest that fits (1 where none does).",
+        "GiB at the peak: of the process, of its tensors, and of these by kind. The microbatch is the largest that "
+        "fits (1 where none does); TIGHT uses the margin.",
         style="dim",
     )
+    for method, reason in found.excluded.items():
+        _screen.print(f"{method} was left out: {reason}", style="dim", highlight=False)
     if found.choice is not None:
         _screen.print(f"Choice: {found.why}", highlight=False)
+
+
+def markdown(found: Plan) -> str:
+    """The plan as a Markdown table."""
+    free = found.hardware.available_bytes / GiB
+    lines = [
+        f"{found.model} on {found.hardware.name}, {free:.1f} GiB free. Sizes in GiB.",
+        "",
+        "| verdict | method | precision | checkpointed | microbatch | process | tensors | peak in |",
+        "|---|---|---|---|--:|--:|--:|---|",
+    ]
+    for number, each in enumerate(found.candidates):
+        cells = [each.verdict + (" (choice)" if number == found.choice else ""), each.method, each.precision]
+        cells += ["yes" if each.checkpointing else "", str(each.microbatch)]
+        cells += [f"{each.process_bytes / GiB:.2f}", f"{each.peak_bytes / GiB:.2f}", each.phase]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def inference(found: InferencePlan) -> None:
@@ -160,6 +192,14 @@ def inference(found: InferencePlan) -> None:
         )
     _screen.print(table)
     _screen.print("Sizes in GiB. Speeds are what the device's bandwidth and FLOP/s allow, not measured.", style="dim")
+
+
+def measured(row: Mapping[str, Any]) -> None:
+    """A real step beside its prediction."""
+    error = row["predicted_bytes"] / row["allocated_bytes"] - 1
+    say(f"{row['method']}, {row['dtype']}, microbatch {row['microbatch']} of {row['seq_len']} tokens on {row['gpu']}")
+    say(f"tensors at the peak: {row['allocated_bytes'] / GiB:.3f} GiB, predicted {row['predicted_bytes'] / GiB:.3f}")
+    say(f"error of the prediction: {error:+.2%}; process: {row['process_bytes'] / GiB:.3f} GiB; {row['throughput']}")
 
 
 _KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "temporaries")

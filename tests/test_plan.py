@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, T5Config
+from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
 
-from edgepeft import backbone, hardware, plan, probe
+from edgepeft import backbone, extrapolate, hardware, plan, probe, traces
 from edgepeft.cross_entropy import CHUNK_BYTES
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.methods import base
 from edgepeft.step import TrainingStep
+from edgepeft.surface import read
 from edgepeft.trace import KINDS, Tracker
 
 LLAMA = probe.as_fields(
@@ -25,6 +27,10 @@ LLAMA = probe.as_fields(
         num_key_value_heads=2,
     )
 )
+BERT = probe.as_fields(
+    BertConfig(vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4)
+)
+GPT2 = probe.as_fields(GPT2Config(vocab_size=256, n_embd=64, n_layer=6, n_head=4, n_positions=64))
 T5 = probe.as_fields(T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=128, num_layers=6, num_heads=4))
 
 
@@ -83,16 +89,43 @@ def test_the_predicted_peak_is_what_real_tensors_take(method: str, precision: st
     assert predicted == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize("model", [LLAMA, T5], ids=["llama", "t5"])
-@pytest.mark.parametrize("method", ["lora", "lst", "full"])
-def test_extrapolated_depth_and_microbatch_agree_with_a_full_trace(model: dict[str, object], method: str) -> None:
-    task = "seq2seq" if model is T5 else "causal-lm"
-    wanted = configuration(method, "fp32", model=model, task=task, cuda=True)
-    phase, extrapolated = probe.surface(wanted).at(6, 16)
-    traced = probe.peaks(configuration(method, "fp32", model=model, task=task, cuda=True, microbatch=16))
-    # A peak is the largest of several moments, each affine in the microbatch: the line through two of its points lies
-    # above it in between and beyond, never below. The plan may be too careful by a little, not too hopeful.
-    assert -0.01 < extrapolated.peak_bytes / traced[phase].peak_bytes - 1 < 0.06
+@pytest.mark.parametrize(
+    ("model", "method", "checkpointing", "cuda"),
+    [
+        (LLAMA, "full", True, True),
+        (LLAMA, "lst", False, False),
+        (T5, "lora", True, False),
+        (T5, "full", False, True),
+        (BERT, "lora", False, False),
+        (GPT2, "full", False, True),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else str(value),
+)
+def test_extrapolated_depth_and_microbatch_agree_with_a_full_trace(
+    model: dict[str, object], method: str, checkpointing: bool, cuda: bool
+) -> None:
+    tasks = {"t5": "seq2seq", "bert": "classification"}
+    task = tasks.get(str(model["model_type"]), "causal-lm")
+    wanted = configuration(method, "fp32", model=model, task=task, cuda=cuda, checkpointing=checkpointing)
+    surface = extrapolate.surface(wanted)
+    for microbatch in (1, 24):
+        extrapolated = surface.peaks(microbatch)
+        for phase, peak in probe.peaks(replace(wanted, microbatch=microbatch)).items():
+            assert sum(extrapolated[phase].values()) == pytest.approx(peak.peak_bytes, rel=0.002)
+
+
+def test_a_surface_survives_its_file() -> None:
+    surface = extrapolate.surface(configuration("lora", "nf4", checkpointing=True))
+    again = read(json.loads(json.dumps(surface.plain())))
+    for microbatch in (1, 7, 300):
+        assert sum(again.at(microbatch)[1].values()) == pytest.approx(sum(surface.at(microbatch)[1].values()), rel=1e-4)
+
+
+def test_loading_onto_a_cpu_holds_the_unpacked_model_and_onto_a_gpu_one_layer_of_it() -> None:
+    on_cpu = extrapolate.surface(configuration("lora", "nf4", cuda=False)).peaks(1)["loading"]
+    on_gpu = extrapolate.surface(configuration("lora", "nf4", cuda=True)).peaks(1)["loading"]
+    linears = 6 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)
+    assert sum(on_cpu.values()) > 2 * linears > sum(on_gpu.values()) - 2 * 2 * 512 * 64 - 2 * 64 * 160
 
 
 def test_kinds_add_up_and_mean_what_they_say() -> None:
@@ -151,7 +184,9 @@ def test_the_microbatch_is_the_largest_that_fits() -> None:
     more = small_plan(hardware=tight, microbatch=best.microbatch + 1)
     assert 1 <= best.microbatch < plan.LARGEST_MICROBATCH
     assert plan.needed_bytes(best.peak_bytes, tight) <= tight.available_bytes
-    assert not more.candidates[0].fits and more.choice is None
+    assert best.verdict == "FITS" and more.candidates[0].verdict == "TIGHT"
+    much = small_plan(hardware=tight, microbatch=2 * best.microbatch)
+    assert much.candidates[0].verdict == "NO" and much.choice is None
 
 
 def test_when_nothing_fits_the_error_says_what_would() -> None:
@@ -168,9 +203,17 @@ def test_a_packed_backbone_cannot_be_tuned_in_full() -> None:
 
 
 def test_traces_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = probe.surface(configuration())
-    monkeypatch.setattr(probe, "peaks", lambda configuration: pytest.fail("traced again"))
-    assert probe.surface(configuration()).at(6, 3) == first.at(6, 3)
+    (first,) = traces.find([configuration()])
+    monkeypatch.setattr(extrapolate, "surface", lambda configuration: pytest.fail("traced again"))
+    assert traces.find([configuration()]) == [first]
+
+
+def test_a_method_that_is_not_for_a_model_is_left_out_with_its_reason() -> None:
+    found = small_plan(methods=["lora", "cross_attention"])
+    assert {each.method for each in found.candidates} == {"lora"}
+    assert "cross_attention" in found.excluded and found.excluded["cross_attention"]
+    with pytest.raises(UsageError):
+        small_plan(methods=["cross_attention"])
 
 
 def test_usable_microbatch_divides_the_global_batch() -> None:

@@ -1,0 +1,33 @@
+"""What a model's config.json says about its size, read without transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers")
+_POSITIONS = ("max_position_embeddings", "n_positions")
+
+
+def depth(model: Mapping[str, Any]) -> int:
+    """Layers of each stack of a model."""
+    return int(next(model[name] for name in _DEPTHS if model.get(name)))
+
+
+def at_depth(model: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The same model with fewer layers."""
+    fields: dict[str, Any] = {name: layers if name in _DEPTHS and value else value for name, value in model.items()}
+    if fields.get("layer_types"):
+        fields["layer_types"] = list(fields["layer_types"])[:layers]
+    return fields
+
+
+def positions(model: Mapping[str, Any]) -> int | None:
+    """The longest sequence the model can read, or None when its positions are relative and unbounded (T5)."""
+    kind = model.get("model_type")
+    if kind in ("t5", "mt5", "umt5"):
+        return None
+    found = next((int(model[name]) for name in _POSITIONS if model.get(name)), None)
+    # RoBERTa counts its positions from pad_token_id + 1
+    offset = model.get("pad_token_id", 1) + 1 if kind in ("roberta", "xlm-roberta", "camembert") else 0
+    return None if found is None else found - offset

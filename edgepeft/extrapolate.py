@@ -1,0 +1,188 @@
+"""From traces of shallow models to the whole one: a surface over the microbatch, exact where layers are alike.
+
+Two identities carry it. Nearly every tensor of a step has either a size that is a multiple of the microbatch, or one
+that does not depend on it; a microbatch that is a prime number dividing no dimension of the model tells which, so that
+one trace gives the bytes at every microbatch. And within one layer's pass, forward or backward, all moments grow alike
+with the number of layers: two depths give every depth, moment by moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from edgepeft.catalog.fields import at_depth, depth
+from edgepeft.cross_entropy import chunks
+from edgepeft.precision import is_packed
+from edgepeft.probe import Recording, record
+from edgepeft.surface import KINDS, Configuration, Moment, Surface
+
+DEPTHS = (2, 4)  # layers that are traced. Even, because LST pairs layers
+SIZES = [2**power for power in range(11)]  # microbatches at which the peak of a segment is looked for
+PARTS = 8  # of a segment that is not one layer's, such as the optimizer's: position says what belongs together
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One phase of one trace.
+
+    Attributes:
+        bytes: what is held at each moment, (moments, 2, kinds): fixed, and for each example.
+        segments: (what, stack, layer counted from the nearer end, occurrence) → first and last moment.
+    """
+
+    bytes: Array
+    segments: Mapping[tuple[Any, ...], tuple[int, int]]
+
+    def most(self, first: int, last: int, microbatch: int) -> int:
+        """The moment from ``first`` to ``last`` at which most is held."""
+        fixed, each = self.bytes[first : last + 1].sum(2).T
+        return first + int((fixed + microbatch * each).argmax())
+
+
+def surface(configuration: Configuration) -> Surface:
+    """What the configuration needs at any microbatch, from as few and as shallow traces as will do."""
+    saturated = _saturated(configuration)
+    full = depth(configuration.model)
+    depths = DEPTHS if full > DEPTHS[1] and full % 2 == 0 else (full,)
+    size = _prime(configuration, max(saturated, 11))
+    traced = [_timelines(configuration, layers, size) for layers in depths]
+    single = _timelines(configuration, depths[0], 1) if saturated > 1 else None
+    grown = (full - depths[-1]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
+    phases = {}
+    for phase, low in traced[0].items():
+        less = _less(low, single[phase]) if single else {}
+        found = {
+            tuple((high + grown * slope).ravel()): less.get(segment, 0.0)
+            for segment, high, slope in _moments(low, traced[-1][phase])
+        }
+        moments = [Moment(v[: len(KINDS)], v[len(KINDS) :], cut) for v, cut in found.items()]
+        phases[phase] = tuple(_needed(moments, saturated))
+    return Surface(phases, saturated)
+
+
+def _moments(low: Timeline, high: Timeline) -> Iterator[tuple[tuple[Any, ...], Array, Array]]:
+    """The moments that can be a peak: segment, bytes in the deeper trace, and what they are above the shallower."""
+    for segment, whole in high.segments.items():
+        what, stack, layer, occurrence = segment
+        # A second or last but one layer is not in the shallower trace. It grows as its neighbour at the end does.
+        like = segment if segment in low.segments else (what, stack, 0 if layer > 0 else -1, occurrence)
+        if like not in low.segments or like not in high.segments:
+            continue
+        for size in SIZES:
+            for shallow, deep in _parts(low.segments[like], high.segments[like]):
+                slope = high.bytes[high.most(*deep, size)] - low.bytes[low.most(*shallow, size)]
+                own = deep if like == segment else whole
+                yield segment, high.bytes[high.most(*own, size)], slope
+
+
+def _parts(one: tuple[int, int], other: tuple[int, int]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Two segments cut into what belongs together."""
+    parts = 1 if one[1] - one[0] == other[1] - other[0] else PARTS
+    for part in range(parts):
+        (a, b), (c, d) = (
+            (start + (end - start) * part // parts, start + (end - start) * (part + 1) // parts)
+            for start, end in (one, other)
+        )
+        yield (a, b), (c, d)
+
+
+def _less(low: Timeline, single: Timeline) -> dict[tuple[Any, ...], float]:
+    """By how much each segment's peak at microbatch 1 is below what the trace of a larger one makes of it."""
+    found = {}
+    for segment, ends in low.segments.items():
+        if segment in single.segments:
+            expected = low.bytes[low.most(*ends, 1)].sum()
+            found[segment] = float(expected - single.bytes[single.most(*single.segments[segment], 1)].sum())
+    return found
+
+
+def _needed(moments: list[Moment], saturated: int) -> Iterator[Moment]:
+    """The moments that are a peak at some microbatch."""
+    winners = {
+        max(range(len(moments)), key=lambda i: sum(moments[i].bytes(size, saturated).values())) for size in SIZES
+    }
+    return (moments[index] for index in sorted(winners))
+
+
+def _timelines(configuration: Configuration, layers: int, size: int) -> dict[str, Timeline]:
+    """The phases of one trace, those that cannot be traced among them."""
+    shallow = replace(configuration, model=at_depth(configuration.model, layers), microbatch=size)
+    recording = record(shallow, whole=True)
+    found = {name: _timeline(recording, name, size) for name in recording.tracker.phases if name != "start"}
+    loaded = found["loading"]
+    if configuration.cuda:  # layers come to the device one at a time, and are packed there
+        passing = np.zeros((2, len(KINDS)))
+        passing[0, KINDS.index("temporaries")] = _largest_passing(recording) if is_packed(shallow.precision) else 0
+        found["loading"] = _single(loaded.bytes[-1] + passing)
+    trained = next(found[name] for name in reversed(found) if name.endswith("update"))
+    copied = np.zeros((2, len(KINDS)))
+    copied[0, KINDS.index("temporaries")] = 0 if configuration.cuda else recording.own
+    found["checkpoint"] = _single(trained.bytes[-1] + copied)
+    return found
+
+
+def _timeline(recording: Recording, name: str, size: int) -> Timeline:
+    phase = recording.tracker.phases[name]
+    changes = np.zeros((len(phase.events) + 1, 2, len(KINDS)))
+    for row, events in ((0, phase.held), *((row, [event]) for row, event in enumerate(phase.events, start=1))):
+        for event in events:
+            asked, taken, kind = recording.tracker.storage(abs(event))
+            each = asked // size if size > 1 and asked % size == 0 else 0
+            sign, column = (1 if event > 0 else -1), KINDS.index(kind)
+            changes[row, 0, column] += sign * (taken - each * size)
+            changes[row, 1, column] += sign * each
+    return Timeline(changes.cumsum(0), _segments(recording.marks.get(name, []), len(phase.events)))
+
+
+def _segments(marks: list[tuple[tuple[str, int, int], int]], moments: int) -> dict[tuple[Any, ...], tuple[int, int]]:
+    """Where a phase is cut, with a name for each part that it has at every depth.
+
+    Layers inside a stack are left out: they lie between the first and the last in memory as in place.
+    """
+    layers = {stack: 1 + max(i for (_, s, i), _ in marks if s == stack) for (_, stack, _), _ in marks}
+    cuts: list[tuple[tuple[Any, ...], int]] = [(("begin", 0, 0), 0)]
+    for (what, stack, index), moment in marks:
+        nearer = index if index < layers[stack] / 2 else index - layers[stack]
+        cuts.append(((what, stack, nearer), moment))
+    found: dict[tuple[Any, ...], tuple[int, int]] = {}
+    seen: dict[tuple[Any, ...], int] = {}
+    for (label, start), end in zip(cuts, [*(moment for _, moment in cuts[1:]), moments], strict=True):
+        seen[label] = seen.get(label, 0) + 1
+        found[(*label, seen[label])] = (start, end)
+    return found
+
+
+def _single(held: Array) -> Timeline:
+    return Timeline(held[None], {("begin", 0, 0, 1): (0, 0)})
+
+
+def _largest_passing(recording: Recording) -> int:
+    """The largest layer that existed unpacked for a while."""
+    events = recording.tracker.phases["loading"].events
+    return max((recording.tracker.storage(-event)[1] for event in events if event < 0), default=0)
+
+
+def _saturated(configuration: Configuration) -> int:
+    """The microbatch from which the answers fill a chunk of the loss; 1 where there are no chunks."""
+    if configuration.task == "classification":
+        return 1
+    tokens = configuration.target_tokens if configuration.task == "seq2seq" else configuration.tokens
+    rows = chunks(1 << 20, int(configuration.model["vocab_size"]))[0].stop
+    return max(1, math.ceil(rows / tokens))
+
+
+def _prime(configuration: Configuration, least: int) -> int:
+    """A prime of at least ``least`` that divides no number of the model, and no length."""
+    numbers = {value for value in configuration.model.values() if isinstance(value, int) and value > 1}
+    numbers |= {configuration.tokens, configuration.target_tokens}
+    size = least
+    while any(size % d == 0 for d in range(2, math.isqrt(size) + 1)) or any(n % size == 0 for n in numbers):
+        size += 1
+    return size

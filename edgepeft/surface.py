@@ -1,0 +1,113 @@
+"""Peak memory as a function of the microbatch, and the configuration it belongs to. Plain data: no torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "temporaries")
+TRAINING = ("loading", "forward+backward", "update", "evaluation", "checkpoint")
+"""Phases of training; with several stages, each has its own of some. Merging and exporting come after it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """Everything that decides how much memory a training step takes.
+
+    Attributes:
+        model: the Hugging Face configuration as a dictionary, with its ``model_type``.
+        tokens: length of the (source) sequences; ``target_tokens``: of the targets of seq2seq.
+        accumulates: whether an update takes several microbatches.
+        cuda: allocate as a CUDA device does.
+        bf16: whether the hardware multiplies bf16.
+    """
+
+    model: Mapping[str, Any]
+    task: str
+    method: str
+    options: Mapping[str, Any]
+    precision: str
+    checkpointing: bool
+    microbatch: int
+    tokens: int
+    target_tokens: int
+    labels: int
+    accumulates: bool
+    cuda: bool
+    bf16: bool
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes held at one moment, by kind in the order of ``KINDS``: ``fixed`` plus ``each`` per example.
+
+    ``less`` bytes of temporaries are not needed by a microbatch of 1; see ``Surface.saturated``.
+    """
+
+    fixed: tuple[float, ...]
+    each: tuple[float, ...]
+    less: float = 0.0
+
+    def bytes(self, microbatch: int, saturated: int) -> dict[str, int]:
+        """What each kind holds."""
+        sizes = [a + b * microbatch for a, b in zip(self.fixed, self.each, strict=True)]
+        if microbatch < saturated:
+            sizes[-1] -= self.less * (saturated - microbatch) / (saturated - 1)
+        return {kind: max(0, round(size)) for kind, size in zip(KINDS, sizes, strict=True)}
+
+
+@dataclass(frozen=True)
+class Surface:
+    """What a configuration needs at any microbatch.
+
+    Each moment of a step is affine in the microbatch; a phase's peak is the largest of its moments.
+
+    Attributes:
+        phases: phase → the moments that can be its peak.
+        saturated: the microbatch from which a loss computed in chunks fills a chunk; below, it needs less.
+    """
+
+    phases: Mapping[str, Sequence[Moment]]
+    saturated: int = 1
+
+    def peaks(self, microbatch: int) -> dict[str, dict[str, int]]:
+        """Phase → bytes by kind at its peak."""
+        return {
+            phase: max((moment.bytes(microbatch, self.saturated) for moment in moments), key=lambda b: sum(b.values()))
+            for phase, moments in self.phases.items()
+        }
+
+    def at(self, microbatch: int, only: Sequence[str] | None = None) -> tuple[str, dict[str, int]]:
+        """The phase that needs most, of those wanted, and what it holds at its peak.
+
+        Args:
+            only: the names of phases, without the stage some are preceded by; all phases when not given.
+        """
+        found = self.peaks(microbatch)
+        names = [name for name in found if only is None or name.rpartition(": ")[2] in only]
+        phase = max(names, key=lambda name: sum(found[name].values()))
+        return phase, found[phase]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON, for files: see ``read``."""
+        moments = {
+            phase: [[*map(_short, moment.fixed), *map(_short, moment.each), _short(moment.less)] for moment in moments]
+            for phase, moments in self.phases.items()
+        }
+        return {"saturated": self.saturated, "phases": moments}
+
+
+def read(plain: Mapping[str, Any]) -> Surface:
+    """The opposite of ``Surface.plain``."""
+    width = len(KINDS)
+    phases = {
+        phase: tuple(Moment(tuple(row[:width]), tuple(row[width : 2 * width]), row[2 * width]) for row in rows)
+        for phase, rows in plain["phases"].items()
+    }
+    return Surface(phases, plain["saturated"])
+
+
+def _short(value: float) -> float:
+    """A whole number of bytes where that is exact enough: files stay small."""
+    return round(value) if abs(value) >= 1 else 0

@@ -1,0 +1,206 @@
+"""Surfaces of configurations: shipped with the catalogue, kept on this disk, or traced, which alone needs torch."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from edgepeft import surface
+from edgepeft.catalog import entry, names
+from edgepeft.errors import EdgePeftError
+from edgepeft.files import write_json
+from edgepeft.surface import Configuration, Surface
+
+METHODS = "methods.json"
+TOKENS, TARGET_TOKENS, LABELS = 512, 128, 2  # what the shipped surfaces were traced at
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What planning needs to know of a method before it is traced; see ``methods.base.Method``."""
+
+    aliases: Mapping[str, str]
+    writes_backbone: bool
+    backpropagates: bool
+    updates_in_backward: bool
+
+
+def traits(method: str) -> Traits:
+    """Those of a method by its own name, from the shipped table where it is in there.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    known = _shipped_methods().get(method)
+    if known is not None:
+        return Traits(**known)
+    from edgepeft.methods import base
+
+    return traits_of(base.find(method))
+
+
+def traits_of(method: Any) -> Traits:
+    """The traits of a method's class."""
+    return Traits(dict(method.aliases), method.writes_backbone, method.backpropagates, method.updates_in_backward)
+
+
+def named(name: str) -> tuple[str, str | None] | None:
+    """The shipped method that ``name`` or an alias means, with the precision an alias implies; None if unknown."""
+    for method, known in _shipped_methods().items():
+        if name == method or name in known["aliases"]:
+            return method, known["aliases"].get(name)
+    return None
+
+
+def find(
+    wanted: Sequence[Configuration], progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Surface | EdgePeftError]:
+    """The surface of each configuration, or why it has none."""
+    found: dict[int, Surface | EdgePeftError] = {}
+    for index, configuration in enumerate(wanted):
+        known = shipped(configuration) or _stored(configuration)
+        if known is not None:
+            found[index] = known
+    missing = [index for index in range(len(wanted)) if index not in found]
+    if missing:
+        progress(len(found), len(wanted))
+        for index, result in _trace(
+            [wanted[index] for index in missing], lambda n: progress(len(found) + n, len(wanted))
+        ):
+            found[missing[index]] = result
+    return [found[index] for index in range(len(wanted))]
+
+
+def shipped(configuration: Configuration) -> Surface | None:
+    """The surface that came with the catalogue, if it is this very configuration."""
+    usual = (configuration.labels, configuration.accumulates, dict(configuration.options)) == (LABELS, True, {})
+    name = _catalogue_name(configuration.model) if usual else None
+    if name is None or entry(name)["_edgepeft"]["task"] != configuration.task:  # type: ignore[index]
+        return None
+    if configuration.tokens != usual_tokens(configuration.model):
+        return None
+    if configuration.task == "seq2seq" and configuration.target_tokens != TARGET_TOKENS:
+        return None
+    plain = _shipped_surfaces(name).get(key(configuration))
+    return None if plain is None else surface.read(plain)
+
+
+def usual_tokens(model: Mapping[str, Any]) -> int:
+    """The sequence length that is planned for when none is given."""
+    from edgepeft.catalog.fields import positions
+
+    return min(TOKENS, positions(model) or TOKENS)
+
+
+def key(configuration: Configuration) -> str:
+    """What distinguishes the surfaces of one model in its shipped file."""
+    return " ".join(
+        [
+            *(configuration.method, configuration.precision),
+            "recomputed" if configuration.checkpointing else "kept",
+            "cuda" if configuration.cuda else "cpu",
+            "bf16" if configuration.bf16 else "fp32",
+        ]
+    )
+
+
+def fields(name: str) -> dict[str, Any]:
+    """A catalogue model's configuration as plain data."""
+    known = entry(name)
+    assert known is not None
+    return {field: value for field, value in known.items() if not field.startswith("_")}
+
+
+@cache
+def _shipped_methods() -> dict[str, dict[str, Any]]:
+    path = files("edgepeft.catalog").joinpath("traces", METHODS)
+    known: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return known
+
+
+@cache
+def _shipped_surfaces(name: str) -> dict[str, Any]:
+    path = files("edgepeft.catalog").joinpath("traces", f"{name}.json.gz")
+    found: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes())) if path.is_file() else {}
+    return found
+
+
+@cache
+def _catalogue() -> dict[str, str]:
+    return {json.dumps(fields(name), sort_keys=True): name for name in names()}
+
+
+def _catalogue_name(model: Mapping[str, Any]) -> str | None:
+    return _catalogue().get(json.dumps(dict(model), sort_keys=True))
+
+
+def _trace(
+    wanted: Sequence[Configuration], progress: Callable[[int], None]
+) -> list[tuple[int, Surface | EdgePeftError]]:
+    """Traces run in processes of their own, one per core: a crash in one says which, and leaves the rest alone."""
+    if len(wanted) == 1:
+        return [(0, _surface(wanted[0]))]
+    workers = min(len(wanted), len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count() or 1)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+        futures = [pool.submit(_surface, configuration) for configuration in wanted]
+        for done, _ in enumerate(concurrent.futures.as_completed(futures), start=1):
+            progress(done)
+    results: list[tuple[int, Surface | EdgePeftError]] = []
+    for index, future in enumerate(futures):
+        crash = future.exception()
+        what = f"{wanted[index].method} at {wanted[index].precision}"
+        lost = EdgePeftError(f"{what} could not be traced.", f"{type(crash).__name__}: {crash}", "Please report it.")
+        results.append((index, future.result() if crash is None else lost))
+    return results
+
+
+def _surface(configuration: Configuration) -> Surface | EdgePeftError:
+    from edgepeft import extrapolate
+
+    try:
+        traced = extrapolate.surface(configuration)
+    except EdgePeftError as error:  # the method is not for this model; the others may be
+        return error
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        write_json(_path(configuration), traced.plain())
+    return surface.read(traced.plain())
+
+
+def _stored(configuration: Configuration) -> Surface | None:
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return surface.read(json.loads(_path(configuration).read_text(encoding="utf-8")))
+    return None
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _path(configuration: Configuration) -> Path:
+    folder = Path(os.environ.get("EDGEPEFT_CACHE", Path.home() / ".cache" / "edgepeft")) / "traces"
+    content = {**asdict(replace(configuration, microbatch=0)), "versions": _versions()}
+    return folder / f"{hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()}.json"
+
+
+@cache
+def _versions() -> tuple[str, ...]:
+    """What a trace depends on beside its configuration: the libraries, and our own code."""
+    own = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        own.update(file.read_bytes())
+    return (*(importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")), own.hexdigest())
