@@ -1,0 +1,213 @@
+"""Run two real steps of a configuration and compare what they hold with what was predicted: ``edgepeft measure``.
+
+The weights are random: memory and time do not depend on their values, and nothing is downloaded. Rows can be added to
+the table that predictions are tested against.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from edgepeft import backbone, machine, precision, probe, roofline
+from edgepeft.files import write_text
+from edgepeft.hardware import Hardware
+from edgepeft.methods import base
+from edgepeft.step import TrainingStep
+from edgepeft.surface import Configuration
+from edgepeft.trace import Tracker
+
+GiB = 2**30
+COLUMNS = (
+    *("source", "model", "method", "config", "dtype", "quant", "optimizer", "microbatch", "seq_len", "target_len"),
+    *("grad_ckpt", "gpu", "peak_mem_gb", "peak_definition", "throughput", "notes"),
+    *("predicted_bytes", "allocated_bytes", "reserved_bytes", "process_bytes", "seconds", "predicted_seconds"),
+)
+LIBRARIES = ("torch", "transformers", "bitsandbytes")
+
+
+def measure(name: str, configuration: Configuration, hardware: Hardware) -> dict[str, Any]:
+    """A row, by ``COLUMNS``: the set-up, what it was predicted to hold and what two steps held.
+
+    ``allocated``: bytes of tensors at the highest moment of the second step, which has optimizer states.
+    ``reserved``: what PyTorch's allocator held for them (CUDA only). ``process``: what the system saw taken: on CUDA
+    of the device's memory, on a CPU the process's largest resident memory.
+    """
+    recorded = probe.record(configuration, whole=False).tracker
+    predicted = max(
+        peak.peak_bytes
+        for phase, peak in recorded.peaks().items()
+        if phase.rpartition(": ")[2] in ("forward+backward", "update")
+    )
+    work = [recorded.work()[phase] for phase in ("forward+backward", "update") if phase in recorded.work()]
+    found = _on_cuda(configuration) if hardware.kind == "cuda" else _on_cpu(configuration)
+    method = base.create(configuration.method, configuration.options)
+    versions = " ".join(f"{library} {metadata.version(library)}" for library in LIBRARIES)
+    return {
+        "source": "edgepeft measure",
+        "model": name,
+        "method": method.name,
+        "config": repr(method),
+        "dtype": configuration.precision,
+        "quant": configuration.precision if precision.is_packed(configuration.precision) else "none",
+        "optimizer": "the method's own",
+        "microbatch": configuration.microbatch,
+        "seq_len": configuration.tokens,
+        "target_len": configuration.target_tokens if configuration.task == "seq2seq" else "",
+        "grad_ckpt": configuration.checkpointing,
+        "gpu": hardware.title,
+        "peak_mem_gb": round(found["allocated_bytes"] / GiB, 4),
+        "peak_definition": "tensor bytes of a step with optimizer states, GiB",
+        "throughput": f"{found['seconds']:.4f} s/step",
+        "notes": f"{versions} python {platform.python_version()} {platform.platform()}; weights random; one token of padding",
+        "predicted_bytes": predicted,
+        "predicted_seconds": round(sum(roofline.seconds(each, hardware) for each in work), 4) if work else "",
+        **found,
+    }
+
+
+def measure_model(
+    source: backbone.Source,
+    hardware: Hardware,
+    *,
+    task: str | None,
+    method: str,
+    options: Mapping[str, Any],
+    precision_: str | None,
+    microbatch: int,
+    tokens: int,
+    target_tokens: int,
+    checkpointing: bool,
+) -> dict[str, Any]:
+    """What ``edgepeft measure`` does.
+
+    Raises:
+        UsageError: an unknown name, or a method that refuses the precision.
+    """
+    at = precision_ or base.implied_precision(method) or ("bf16" if hardware.bf16 else "fp32")
+    precision.check(at)
+    base.create(method, options).check(at)
+    config = backbone.config(source)
+    configuration = Configuration(
+        model=probe.as_fields(config),
+        task=task or backbone.default_task(config),
+        method=method,
+        options=options,
+        precision=at,
+        checkpointing=checkpointing,
+        microbatch=microbatch,
+        tokens=tokens,
+        target_tokens=target_tokens,
+        labels=2,
+        accumulates=True,
+        cuda=hardware.kind == "cuda",
+        bf16=hardware.bf16,
+    )
+    return measure(source.name, configuration, hardware)
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a file of them, which is made if it is not there."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    if not before:
+        writer.writeheader()
+    writer.writerow(row)
+    write_text(path, before + text.getvalue())
+
+
+def _on_cuda(configuration: Configuration) -> dict[str, Any]:
+    free_bytes, _ = torch.cuda.mem_get_info()
+    with _real_step(configuration, "cuda") as step:
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        now_bytes, _ = torch.cuda.mem_get_info()
+        return {
+            "allocated_bytes": torch.cuda.max_memory_allocated(),
+            "reserved_bytes": torch.cuda.max_memory_reserved(),
+            "process_bytes": max(0, free_bytes - now_bytes),
+            "seconds": round(seconds, 4),
+        }
+
+
+def _on_cpu(configuration: Configuration) -> dict[str, Any]:
+    """The second step is timed, and a third one watched: watching takes time."""
+    with _real_step(configuration, "cpu") as step:
+        step()
+        started = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - started
+        resident = machine.peak_resident_bytes()
+        tracker = Tracker(cuda=False)
+        tracker.label_model(step.model, [])  # its gradients are recognised, which are not all results of operators
+        tracker.label_optimizer(step.optimizer)
+        tracker.label(step.batch.values(), "activations")
+        with tracker.phase("step"):
+            step()
+        peak = tracker.peaks()["step"].peak_bytes
+    return {
+        "allocated_bytes": peak,
+        "reserved_bytes": "",
+        "process_bytes": resident,
+        "seconds": round(seconds, 4),
+    }
+
+
+class _Step:
+    """A configuration's real training step on one batch, as accumulation sees it: gradients of before are there."""
+
+    def __init__(self, configuration: Configuration, device: str) -> None:
+        fields = dict(configuration.model)
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        with torch.device(device):
+            made = backbone.skeleton(
+                config, task=configuration.task, at=configuration.precision, labels=configuration.labels
+            )
+            method = base.create(configuration.method, configuration.options)
+            base.apply(method, made)
+        self.model: Any = made.model
+        if configuration.checkpointing:
+            self.model.activation_checkpointing_enable()
+        self.model.train()
+        self.optimizer = method.stages()[0].optimizer(self.model, 1e-3, 0.0)
+        self.step = TrainingStep(
+            self.model,
+            self.optimizer,
+            clip_norm=None if method.updates_in_backward else 1.0,
+            penalty=method.penalty,
+            after_update=method.after_update,
+        )
+        batch = probe.example_batch(configuration)
+        batch["attention_mask"][0, -1] = 0  # without any padding transformers drops the mask, and what it takes
+        self.batch = {name: value.to(device) for name, value in batch.items()}
+        self.accumulates = configuration.accumulates and not method.updates_in_backward
+
+    def __call__(self) -> None:
+        if self.accumulates:
+            self.step.backward([self.batch], 1e-3)
+        self.step.backward([self.batch], 1e-3)
+        self.step.update(0.5)
+
+
+@contextmanager
+def _real_step(configuration: Configuration, device: str) -> Iterator[_Step]:
+    """The step; its memory is free again afterwards."""
+    step = _Step(configuration, device)
+    yield step
+    del step.model, step.optimizer, step.step

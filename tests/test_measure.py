@@ -1,0 +1,54 @@
+"""Real steps beside their predictions, on this machine; on a CUDA device where there is one."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from typer.testing import CliRunner
+
+from edgepeft import measure
+from edgepeft.cli import app
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        ("llama", ["--method", "lora", "--precision", "fp32"]),
+        ("llama", ["--method", "lora", "--precision", "nf4", "--checkpointing"]),
+        ("bert", ["--method", "full", "--precision", "fp32"]),
+        ("t5", ["--method", "lst", "--precision", "bf16", "--target-len", "8", "--set", "options.reduction=4"]),
+    ],
+)
+def test_a_real_step_holds_what_was_predicted(family: str, flags: list[str], tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the CPU is not what measure takes here")
+    out = tmp_path / "rows.csv"
+    command = ["measure", "--model", str(tiny.folder(family)), "--seq-len", "24", "--microbatch", "3", *flags]
+    done = CliRunner().invoke(app, [*command, "--out", str(out), "--json"], catch_exceptions=False)
+    row = json.loads(done.stdout)
+    assert row["predicted_bytes"] == pytest.approx(row["allocated_bytes"], rel=0.01)
+    assert row["process_bytes"] > row["allocated_bytes"] and row["seconds"] > 0
+    with out.open(encoding="utf-8") as file:
+        (stored,) = csv.DictReader(file)
+    assert tuple(stored) == measure.COLUMNS and stored["predicted_bytes"] == str(row["predicted_bytes"])
+
+
+def test_rows_add_up(tmp_path: Path) -> None:
+    row = dict.fromkeys(measure.COLUMNS, "a, b")
+    for _ in range(2):
+        measure.append(tmp_path / "rows.csv", row)
+    with (tmp_path / "rows.csv").open(encoding="utf-8") as file:
+        assert list(csv.DictReader(file)) == [row, row]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(tmp_path: Path) -> None:
+    command = ["measure", "--model", str(tiny.folder("llama")), "--method", "lora", "--seq-len", "24", "--json"]
+    row = json.loads(CliRunner().invoke(app, command, catch_exceptions=False).stdout)
+    assert 0 < row["allocated_bytes"] <= row["reserved_bytes"] and row["seconds"] > 0
