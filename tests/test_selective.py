@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import conformance
 import pytest
 import tiny
@@ -15,7 +17,7 @@ from edgepeft.methods import base
 from edgepeft.placements import delta, selection
 
 
-def trained(family: str, name: str, **options: object) -> set[str]:
+def trained(family: str, name: str, **options: Any) -> set[str]:
     made, _ = tiny.adapted(family, name, **options)
     return set(adapter.trained(made.model)) - made.fresh
 
@@ -125,7 +127,7 @@ def test_a_tied_parameter_has_one_master(at: str) -> None:
     parameter = next(iter(adapter.trained(made.model).values()))
     assert parameter.dtype is torch.float32
     tiny.randomise(nn.ParameterList([parameter]), seed=5)
-    model: torch.nn.Module = made.model
+    model: Any = made.model
     for owner in ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
         assert torch.equal(
             model.get_submodule(owner).weight.float(), parameter.to(precision.compute_dtype(at)).float()

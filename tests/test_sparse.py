@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import conformance
@@ -24,7 +25,7 @@ def own(model: nn.Module, made: Any) -> dict[str, nn.Parameter]:
     return {name: model.get_parameter(name) for name in selection.own(model, made.anatomy)}
 
 
-def flat(tensors: dict[str, Tensor]) -> Tensor:
+def flat(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors.values()])
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import conformance
 import pytest
 import tiny
 import training
 
 from edgepeft import adapter, checkpoint, schedule
 from edgepeft import train as trainer
+from edgepeft.methods import base
 from edgepeft.recipe import Recipe
 
 # What a recipe changes, and after which updates it is killed: in the first stage, between the two, in the last.
@@ -19,6 +22,7 @@ RUNS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "lt_sft-bf16": ({"method": "lt_sft", "precision": "bf16", "task": "classification"}, (2, 8)),
     "fish_mask": ({"method": "fish_mask"}, (4, 8, 12)),
     "fish_mask-bf16": ({"method": "fish_mask", "precision": "bf16", "task": "seq2seq"}, (4, 12)),
+    "prefix_tuning": ({"method": "prefix_tuning"}, (4, 8)),
     "far": ({"method": "far", "options": {"priming": 0.5}}, (2, 5, 8)),
     "diff_pruning": ({"method": "diff_pruning"}, (2, 5, 8)),
     "diff_pruning-recomputing": ({"method": "diff_pruning", "task": "seq2seq", "checkpointing": True}, (3, 7)),
@@ -27,8 +31,9 @@ RUNS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 
 def chosen_for(name: str) -> Recipe:
     changes, _ = RUNS[name]
-    options = {**dict(tiny.method(changes["method"]).narrow), **changes.get("options", {})}
-    return training.written(**{"task": "causal-lm", "lr": 1e-3} | changes | {"options": options})
+    options = {**asdict(tiny.method(changes["method"])), **changes.get("options", {})}
+    values: dict[str, Any] = {"task": "causal-lm", "lr": 1e-3} | changes | {"options": options}
+    return training.written(**values)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -42,7 +47,7 @@ def test_killed_in_any_stage_ends_in_the_same_bytes(name: str, tmp_path: Path) -
     training.run(chosen, whole, heard)
     for updates in RUNS[name][1]:
         out = tmp_path / f"killed-{updates}"
-        training.dies(training.run_until_killed, chosen, out, first_pass[updates] + 1, 0.0)
+        training.dies(training.run_until_killed, chosen, out, first_pass[updates] + 1, 0)
         newest = checkpoint.newest(out / "checkpoints")
         assert newest is not None and updates <= checkpoint.step_of(newest) <= updates + 1
         training.run(chosen, out)
@@ -121,3 +126,25 @@ def test_evaluations_are_spread_over_the_stages_that_train(tmp_path: Path) -> No
     chosen = training.written("causal-lm", method="fish_mask", options={"density": 0.1, "examples": 8}, evaluations=2)
     training.run(chosen, tmp_path / "run")
     assert [event["step"] for event in training.log(tmp_path / "run", "evaluation")] == [13, 18]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in base.names() if name not in ("ipt", "spot")]
+)  # they need others' runs
+def test_every_method_is_trained_through_all_its_stages(name: str, tmp_path: Path) -> None:
+    """With accumulation where it can be, and the adapter of the last stage at the end."""
+    family = conformance.home(name)
+    method = tiny.method(name)
+    task = {"bert": "classification", "llama": "causal-lm", "t5": "seq2seq"}[family]
+    microbatch = 4 if method.updates_in_backward else 2
+    chosen = training.written(
+        task, method=name, options=asdict(method), max_steps=3, evaluations=2, microbatch=microbatch, epochs=1.0
+    )
+    done = training.run(chosen, tmp_path / "run")
+    (end,) = training.log(tmp_path / "run", "end")
+    assert [stage["name"] for stage in end["stages"]] == [s.name for s in method.stages() if s.updates != 0]
+    assert all(stage["updates"] and stage["peak_bytes"] and stage["tokens"] for stage in end["stages"])
+    made, _, _ = training.prepared(chosen, tmp_path / "cache")
+    for number in range(1, len(method.stages())):
+        base.begin(method, made, number)
+    adapter.load(done.adapter, made.model)

@@ -107,7 +107,7 @@ def run(chosen: Recipe, out: Path, on_forward: Callable[[int], None] | None = No
     return training.train(chosen, made, method, read, out, start={})
 
 
-def run_until_killed(chosen: Recipe, out: Path, passes: int, checkpoint_seconds: float | None = None) -> None:
+def run_until_killed(chosen: Recipe, out: Path, passes: int, checkpoint_seconds: int | None = None) -> None:
     """Train, and die without warning in the forward pass after ``passes``. For a process of its own."""
     if checkpoint_seconds is not None:
         training.CHECKPOINT_SECONDS = checkpoint_seconds
@@ -134,7 +134,7 @@ def run_until_killed_while_writing(chosen: Recipe, out: Path, renames: int) -> N
 
 def dies(what: Callable[..., None], *arguments: Any) -> None:
     """Run ``what`` in a process that kills itself."""
-    process = SERVER.Process(target=what, args=arguments)  # type: ignore[attr-defined]
+    process = SERVER.Process(target=what, args=arguments)
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL

@@ -97,8 +97,9 @@ def remove(place: Place) -> None:
     """Leave a place as the backbone had it."""
     for module, leaf in place.owners:
         parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
-        if type(module) is _Remade and not parametrize.is_parametrized(module, "weight"):
-            module.__class__ = nn.Linear
+        if type(module) is _Remade and not parametrize.is_parametrized(module):  # its bias may have a change as well
+            plain: Any = module
+            plain.__class__ = nn.Linear
 
 
 def fold(model: nn.Module) -> None:
@@ -123,9 +124,7 @@ class _RemadeMatmul(torch.autograd.Function):
     """``x @ W.T + b`` where W is ``change.made(frozen, *trained)``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, frozen: Tensor, change: Change, *trained: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, frozen: Tensor, change: Change, *trained: Tensor) -> Tensor:
         ctx.frozen, ctx.change, ctx.dtype = frozen, change, matmul_dtype(x.dtype, x.device)
         ctx.random = _random_state(x.device) if change.draws else None
         ctx.save_for_backward(x, *trained)
