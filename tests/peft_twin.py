@@ -24,13 +24,13 @@ def compare(family: str, made: Backbone, method: Method, config: PeftConfig, the
     Returns:
         PEFT's model, before it is merged.
     """
-    ours = made.model.double()  # type: ignore[call-arg]  # a gradient of one number is a sum that may cancel
+    ours = made.model.double()  # as a gradient of one number is a sum that may cancel
     trained = adapter.trained(ours)
     for name in made.fresh:
         ours.get_parameter(name).requires_grad_(False)
         del trained[name]
     tiny.randomise(nn.ParameterList(trained.values()))
-    theirs = get_peft_model(tiny.model(family), config).double().eval()  # type: ignore[arg-type]
+    theirs = get_peft_model(tiny.model(family), config).double().eval()
     state = dict(theirs.named_parameters())
     names = {name: f"base_model.model.{theirs_of(name)}" for name in trained}
     assert {name for name, parameter in state.items() if parameter.requires_grad} == set(names.values())

@@ -42,6 +42,8 @@ class _Projected(torch.autograd.Function):
 class Subspace(delta.Additive):
     """x → x ΔWᵀ with ΔW = scale · P v, where v is one parameter that all layers share and P is each layer's own."""
 
+    scale: nn.Parameter | None
+
     def __init__(self, vector: nn.Parameter, scale: nn.Parameter | None, rows: int, fastfood: Fastfood) -> None:
         super().__init__()
         self.vector, self.rows, self.fastfood = vector, rows, fastfood
