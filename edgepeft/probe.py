@@ -52,14 +52,14 @@ def record(configuration: Configuration, *, whole: bool) -> Recording:
     """
     with precision.emulating(bf16=configuration.bf16), fake_device(cuda=configuration.cuda) as tracker, _quietly():
         found = Recording(tracker, {})
-        with tracker.phase("loading"):
-            backbone = _skeleton(configuration, configuration.precision)
-        own = {name for name, _ in backbone.model.named_parameters()}
         method = base.create(configuration.method, configuration.options)
+        with tracker.phase("loading"):
+            backbone = _skeleton(configuration, configuration.precision, method)
+        own = {name for name, _ in backbone.model.named_parameters()}
         base.apply(method, backbone)
         _follow_layers(backbone, found)
         if configuration.checkpointing:
-            backbone.model.activation_checkpointing_enable()  # type: ignore[operator]
+            backbone.model.activation_checkpointing_enable()
         stages = method.stages()
         for number, stage in enumerate(stages):
             if number:
@@ -80,10 +80,10 @@ def as_fields(config: PretrainedConfig) -> dict[str, Any]:
     return json.loads(config.to_json_string(use_diff=False))
 
 
-def _skeleton(configuration: Configuration, at: str) -> Backbone:
+def _skeleton(configuration: Configuration, at: str, method: Method) -> Backbone:
     fields = copy.deepcopy(dict(configuration.model))
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    return skeleton(config, task=configuration.task, at=at, labels=configuration.labels)
+    return skeleton(config, task=configuration.task, at=at, labels=configuration.labels, pack=method.pack)
 
 
 def _train(
@@ -189,7 +189,8 @@ def example_batch(configuration: Configuration) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def _phase(found: Recording, name: str) -> Iterator[None]:
-    found.marks[name] = marks = []
+    marks: list[tuple[tuple[str, int, int], int]] = []
+    found.marks[name] = marks
     _current.append(marks)
     gc.collect()
     gc.disable()  # when it runs is chance: what only it would free is counted as held
