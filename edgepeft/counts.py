@@ -1,0 +1,54 @@
+"""What fine-tuning changed, in numbers that guideline 1 of the survey asks for (arXiv 2303.15647, section 12)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+MOST = 256  # ranks are told apart up to here
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a merged model differs from its backbone.
+
+    Attributes:
+        parameters: whose values differ.
+        rank: the largest rank of any matrix's change, at most ``MOST``; 0 when no matrix changed.
+    """
+
+    parameters: int
+    rank: int
+
+
+@torch.no_grad()
+def change(before: nn.Module, after: nn.Module) -> Change:
+    """The difference of two models of the same structure, both in fp32."""
+    parameters = rank = 0
+    others = dict(after.named_parameters())
+    for name, old in before.named_parameters():
+        new = others[name].to(old.device)
+        differing = int((new != old).sum())
+        parameters += differing
+        if differing and old.dim() == 2:
+            rank = max(rank, rank_of(new - old, float(new.abs().max())))
+    return Change(parameters, rank)
+
+
+def rank_of(difference: Tensor, largest: float) -> int:
+    """The rank of (W + Δ) - W, (m, n), up to ``MOST``, from its product with as many random vectors.
+
+    W + Δ was rounded to fp32, and what rounding adds has full rank: singular values no larger than those of random
+    errors of half a unit in the last place of ``largest`` (Marchenko and Pastur) do not count.
+    """
+    rows, columns = difference.shape
+    vectors = min(rows, columns, MOST)
+    generator = torch.Generator(difference.device).manual_seed(0)
+    sketch = torch.randn(columns, vectors, generator=generator, device=difference.device, dtype=torch.float64)
+    values = torch.linalg.svdvals(difference.double() @ sketch)
+    error = torch.finfo(torch.float32).eps / 2 * largest
+    rounding = error * (math.sqrt(rows) + math.sqrt(columns)) * (math.sqrt(columns) + math.sqrt(vectors))
+    return int((values > rounding).sum())

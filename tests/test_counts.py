@@ -1,0 +1,53 @@
+"""What changed is counted as dense algebra says."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+from conformance import randomised
+from torch import nn
+
+from edgepeft import counts
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 31])
+@pytest.mark.parametrize("size", [1e-2, 1.0])
+def test_rank_of_a_change_that_was_rounded(rank: int, size: float) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(48, 96) * 0.1
+    delta = torch.randn(48, rank) @ torch.randn(rank, 96) * size / 10
+    changed = weight + delta
+    assert torch.linalg.matrix_rank((changed - weight).double()) == 48, "rounding alone has full rank"
+    assert counts.rank_of(changed - weight, float(changed.abs().max())) == rank
+
+
+def test_ranks_are_told_apart_up_to_a_limit() -> None:
+    torch.manual_seed(0)
+    assert counts.rank_of(torch.randn(300, 310), 4.0) == counts.MOST
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rank"),
+    [("lora", {"rank": 3, "targets": ("query",)}, 3), ("ln_tuning", {}, 0), ("full", {}, 32)],
+)
+def test_changed_parameters_of_a_merged_model(name: str, options: dict[str, object], rank: int) -> None:
+    made, method = tiny.adapted("llama", name, **options)
+    randomised(made.model, seed=5)
+    method.merge(made.model)
+    plain = tiny.load("llama").model
+    found = counts.change(plain, made.model)
+    sizes = {n: p.numel() for n, p in plain.named_parameters()}
+    changed = {
+        "lora": [n for n in sizes if n.endswith("q_proj.weight")],
+        "ln_tuning": [n for n in sizes if "norm" in n],
+        "full": list(sizes),
+    }[name]
+    assert found == counts.Change(sum(sizes[n] for n in changed), rank)
+
+
+def test_nothing_changed() -> None:
+    model: nn.Module = tiny.load("bert").model
+    assert counts.change(model, copy.deepcopy(model)) == counts.Change(0, 0)
