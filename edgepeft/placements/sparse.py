@@ -121,7 +121,7 @@ def highest(scores: Iterable[Tensor], count: int) -> Tensor:
         passed += len(flat)
         if best is not None and positions is not None:
             flat, here = torch.cat([best, flat]), torch.cat([positions, here])
-        best, order = flat.topk(min(count, len(flat)))
+        best, order = flat.topk(min(count, len(flat)), sorted=False)
         positions = here[order]
     assert positions is not None
     return positions.sort().values
