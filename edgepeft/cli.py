@@ -231,6 +231,22 @@ def export(folder: RunFolder, settings: Set = None, as_json: Json = False) -> No
     _run(values, folder, "export", as_json)
 
 
+@app.command()
+def adapter(
+    source: Annotated[Path, typer.Argument(help="A run, an adapter of edgepeft's, or one of HF PEFT's.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+) -> None:
+    """Write an adapter in HF PEFT's format, or one of PEFT's in edgepeft's."""
+    from edgepeft import interop
+
+    if target.exists():
+        raise UsageError(f"{target} is already there.", "Nothing in it was touched.", "Choose another folder.")
+    if (source / interop.CONFIG).exists():
+        interop.read(source, target)
+    else:
+        interop.write(source / "adapter" if (source / "adapter").is_dir() else source, target)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def infer(context: typer.Context) -> None:
     """Answer a text from a device folder, on onnxruntime alone."""
