@@ -20,6 +20,9 @@ class Row:
         tokens_per_second: generated after that.
         deviation: largest difference of logits from the artefact before, relative to the largest logit.
         same_tokens: share of greedily generated tokens equal to that artefact's.
+        counts: what the survey's guidelines ask for: ``trained_parameters`` of the largest stage; and of a merged model
+            ``changed_parameters``, ``rank_of_change`` (the largest of any matrix, up to ``counts.MOST``), and tokens
+            read a second in torch, ``tokens_per_second_unmerged`` and ``tokens_per_second_merged``.
         kept: whether later artefacts are made from this one, or it goes to the device.
     """
 
@@ -30,6 +33,7 @@ class Row:
     tokens_per_second: float | None = None
     deviation: float | None = None
     same_tokens: float | None = None
+    counts: dict[str, float] = field(default_factory=dict)
     kept: bool = True
     note: str = ""
 

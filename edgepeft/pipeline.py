@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from edgepeft import adapter, backbone, data, deploy, ledger, plan, probe, report
+from edgepeft import adapter, backbone, counts, data, deploy, ledger, plan, probe, report
 from edgepeft import merge as merging
 from edgepeft import recipe as recipes
 from edgepeft import train as training
@@ -133,7 +133,12 @@ class _Job:
         done = training.train(self.recipe, plain, method, self.data, self.space.root, start=self._start(trainable))
         ledger.record(
             self.space.ledger,
-            Row(artefact="adapter", metrics=done.metrics, bytes=size_bytes(self.space.adapter)),
+            Row(
+                artefact="adapter",
+                metrics=done.metrics,
+                bytes=size_bytes(self.space.adapter),
+                counts={"trained_parameters": done.trained_parameters},
+            ),
         )
         self.space.finish("train", inputs)
         self.say(f"train: {_shown(done.metrics)}")
@@ -158,6 +163,7 @@ class _Job:
             tokenizer=self.tokenizer,
             out=self.space.merged,
         )
+        rows[-1] = dataclasses.replace(rows[-1], counts={**rows[-1].counts, **self._changed(method, rows[-1])})
         ledger.record(self.space.ledger, *rows)
         self.space.finish("merge", inputs)
         for row in rows:
@@ -171,18 +177,25 @@ class _Job:
             self.say("export: done before")
             return
         if self.space.merged.exists():
-            whole = backbone.load(
-                backbone.resolve(str(self.space.merged)),
-                task=self.data.task,
-                at="fp32",
-                labels=self.data.labels or None,
-            )
+            whole = self._merged()
         else:
             whole = self._trained(self._needs("precision"))
             merging.to_full_precision(whole.model)
             base.create(self._needs("method"), self.recipe.options).condense(whole.model)
         deploy.deploy(whole.model, self.recipe, self.data, self.tokenizer, self.space, self.say)
         self.space.finish("export", inputs)
+
+    def _merged(self) -> Backbone:
+        where = backbone.resolve(str(self.space.merged))
+        return backbone.load(where, task=self.data.task, at="fp32", labels=self.data.labels or None)
+
+    def _changed(self, method: base.Method, merged: Row) -> dict[str, float]:
+        """What training changed in the backbone that the kept merge was made of."""
+        at = "fp32" if merged.artefact == "merged-original" else self._needs("precision")
+        plain = self._load(at, method.pack) if method.packs_its_own else self._load(at)
+        merging.to_full_precision(plain.model)
+        found = counts.change(plain.model, self._merged().model)
+        return {"changed_parameters": found.parameters, "rank_of_change": found.rank}
 
     def _max_tokens(self, wanted: Recipe) -> int:
         most = backbone.positions(self.config)

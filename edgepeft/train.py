@@ -44,11 +44,14 @@ class Interrupted(EdgePeftError):
 
 @dataclass(frozen=True)
 class Trained:
-    """How training ended: where the best adapter is, its metrics, and the peak of tensor bytes that was measured."""
+    """How training ended: where the best adapter is, its metrics, the peak of tensor bytes that was measured, and the
+    parameters trained in the stage with the most.
+    """
 
     adapter: Path
     metrics: dict[str, float]
     measured_peak_bytes: int
+    trained_parameters: int
 
 
 @dataclass
@@ -359,7 +362,8 @@ class _Run:
             metrics=self.progress.best,
             best_step=self.progress.best_step,
         )
-        return Trained(self.out / "adapter", self.progress.best, self.progress.peak_bytes)
+        most = max(stage["trained"] for stage in self.progress.stages)
+        return Trained(self.out / "adapter", self.progress.best, self.progress.peak_bytes, most)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:  # a second Ctrl-C does not wait for the step to end

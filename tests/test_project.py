@@ -32,6 +32,7 @@ FLOORS = (
         "trace",
         "work",
         "events",
+        "interop",
         "ledger",
     },
     {"workspace", "train", "merge", "export"},

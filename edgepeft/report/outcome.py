@@ -44,7 +44,15 @@ def ledger_section(run: Run) -> Html:
         "difference of a logit to the artefact before, as a share of the largest logit. Same tokens: share of greedily "
         "decoded tokens that equal the artefact before."
     )
-    return join(table(head, rows, class_="cards"), tag("p", explained, class_="note"))
+    return join(table(head, rows, class_="cards"), tag("p", explained, class_="note"), _counts(run.ledger))
+
+
+def _counts(rows: list[Record]) -> Html | None:
+    """What the survey's guidelines 1 and 2 ask for, of the adapter and of the merged model that was kept."""
+    found = {name: value for row in rows if row["kept"] for name, value in (row.get("counts") or {}).items()}
+    if not found:
+        return None
+    return tag("p", "; ".join(f"{name.replace('_', ' ')}: {number(value)}" for name, value in found.items()) + ".")
 
 
 def _artefact(row: Record) -> Html:
