@@ -57,7 +57,7 @@ class CachingAllocator:
         self._pools: dict[bool, list[tuple[int, int, _Block]]] = {True: [], False: []}
 
     def run(self, history: Iterable[tuple[int, int]]) -> None:
-        """Births (uid, bytes), deaths (-uid, bytes) and ``empty_cache`` (0, 0), in order; see ``trace.Tracker.history``.
+        """Births (uid, bytes), deaths (-uid, bytes) and ``empty_cache`` (0, 0), in order: ``trace.Tracker.history``.
 
         Raises:
             OutOfMemory: see ``allocate``.

@@ -69,7 +69,8 @@ def measure(name: str, configuration: Configuration, hardware: Hardware) -> dict
         "peak_mem_gb": round(found["allocated_bytes"] / GiB, 4),
         "peak_definition": "tensor bytes of a step with optimizer states, GiB",
         "throughput": f"{found['seconds']:.4f} s/step",
-        "notes": f"{versions} python {platform.python_version()} {platform.platform()}; weights random; one token of padding",
+        "notes": f"{versions} python {platform.python_version()} {platform.platform()}; "
+        "weights random; one token of padding",
         "predicted_bytes": predicted,
         "predicted_seconds": round(sum(roofline.seconds(each, hardware) for each in work), 4) if work else "",
         **found,

@@ -74,7 +74,7 @@ def _work(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], resul
     if packet in _ON_CPU:
         work = Work(1, _ON_CPU[packet](*(tensor.shape for tensor in inputs[: 4 if "backward" in name else 3])), moved)
         return f"attention.{_DTYPES.get(inputs[0].dtype, 'fp32')}", work
-    count = flop_registry.get(packet)
+    count: Any = flop_registry.get(packet)
     if count is None:
         plain = name.lstrip("_").removeprefix("safe_").removeprefix("log_")
         kind = "random" if plain.startswith(_RANDOM) else "curved" if plain.startswith(_CURVED) else "elementwise"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import tiny
@@ -33,7 +34,7 @@ def test_ranks_are_told_apart_up_to_a_limit() -> None:
     ("name", "options", "rank"),
     [("lora", {"rank": 3, "targets": ("query",)}, 3), ("ln_tuning", {}, 0), ("full", {}, 32)],
 )
-def test_changed_parameters_of_a_merged_model(name: str, options: dict[str, object], rank: int) -> None:
+def test_changed_parameters_of_a_merged_model(name: str, options: dict[str, Any], rank: int) -> None:
     made, method = tiny.adapted("llama", name, **options)
     randomised(made.model, seed=5)
     method.merge(made.model)

@@ -100,7 +100,7 @@ def test_a_saved_adapter_finds_the_same_packed_weights_and_merges_into_those_alo
         same,
         original=original,
         batches=[batch],
-        tokenizer=Unsaved(),  # type: ignore[arg-type]
+        tokenizer=Unsaved(),
         out=tmp_path / "merged",
     )
     assert [row.artefact for row in rows] == ["merged-nf4", "merged-dequantised"] and rows[-1].kept

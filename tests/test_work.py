@@ -84,7 +84,7 @@ def test_unpacking_is_a_class_of_its_own() -> None:
 @pytest.mark.parametrize("family", ["llama", "t5", "bert"])
 def test_a_step_has_the_flops_that_pytorch_counts(family: str) -> None:
     model, batch = tiny.load(family).model, tiny.batch(family)
-    model.set_attn_implementation("eager")  # type: ignore[operator]  # PyTorch's counter leaves out the CPU's attention
+    model.set_attn_implementation("eager")  # PyTorch's counter leaves out the CPU's attention
     model.train()
     model.requires_grad_(True)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids") if name in batch}

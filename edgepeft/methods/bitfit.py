@@ -17,7 +17,9 @@ class BitFit(Method):
     """Train what linear layers and norms add; it is then part of the model, at no cost."""
 
     paper = Paper(
-        "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models", 2021, "2106.10199"
+        "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
+        2021,
+        "2106.10199",
     )
     kind = "selective"
     learning_rate = 1e-3
@@ -27,7 +29,8 @@ class BitFit(Method):
         if not names:
             raise UsageError(
                 "bitfit finds no biases in this model.",
-                "Its linear layers and norms add none, as in T5, whose relative attention bias is an embedding, and Llama.",
+                "Its linear layers and norms add none: so it is in Llama, and in T5, "
+                "whose relative attention bias is an embedding.",
                 "Use --method ln_tuning, which trains as little, or --method lora.",
             )
         selection.train(model, names)

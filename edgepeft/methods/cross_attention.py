@@ -29,7 +29,7 @@ class CrossAttentionTuning(Method):
             raise UsageError(
                 "cross_attention finds no cross-attention in this model.",
                 "Only the decoder of an encoder-decoder such as T5 attends to another stack.",
-                "Use --method lora --set 'options.targets=[\"query\", \"key\", \"value\", \"output\"]' to adapt self-attention.",
+                'To adapt self-attention: --method lora --set \'options.targets=["query", "key", "value", "output"]\'.',
             )
         selection.train(
             model, [f"{name}.{leaf}" for name in linears for leaf, _ in model.get_submodule(name).named_parameters()]

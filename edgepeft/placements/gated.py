@@ -13,7 +13,8 @@ SMALLEST = 1e-6  # of uniform random numbers, so that their logits are finite
 
 
 class Gated(Change):
-    """W + z ∘ Δ, z = min(1, max(0, (2 s − 1) · stretch)), s = sigmoid(logit(u) + gate), u uniform in each training pass.
+    """W + z ∘ Δ, z = min(1, max(0, (2 s − 1) · stretch)), s = sigmoid(logit(u) + gate), u uniform in each training
+    pass.
 
     The gates lie between −stretch and stretch before they are cut off. In evaluation s = sigmoid(gate). Both trained
     tensors, of the shape of W, are fp32; Δ starts at zero.

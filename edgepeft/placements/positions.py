@@ -45,4 +45,5 @@ def _shift(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         cache = given.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         ids = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
-    return (), {**given, "position_ids": ids + decoder.positions_before}
+    positions: Any = decoder.positions_before
+    return (), {**given, "position_ids": ids + positions}
