@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -21,9 +22,10 @@ def given() -> Iterator[None]:
     selected = [0]  # how many elements SHiRA's mask has; it is r (in + out)
     rand, where, get, put = torch.rand, torch.where, Tensor.__getitem__, Tensor.__setitem__
     shira = importlib.import_module("peft.tuners.shira.layer").ShiraLayer
+    shira_linear = importlib.import_module("peft.tuners.shira.layer").Linear
     boft = importlib.import_module("peft.tuners.boft.layer").BOFTLayer
     frod = importlib.import_module("peft.tuners.frod.layer").Linear
-    update, tensors = shira.update_layer, frod._get_frod_tensors
+    update = shira.update_layer
 
     def counted(layer: Any, adapter: str, mask: Any, r: int, *args: Any, **kwargs: Any) -> Any:
         selected[0] = r * (layer.in_features + layer.out_features)
@@ -42,9 +44,16 @@ def given() -> Iterator[None]:
         else:
             put(tensor, index, value)
 
-    def on_device(*args: Any, **kwargs: Any) -> Any:
-        """FRoD's projections are on the CPU and copied to the device whenever they are used."""
-        return tuple(t.clone() if isinstance(t, Tensor) and not t.requires_grad else t for t in tensors(*args, **kwargs))
+    def projections(layer: Any, adapter: str, *, device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        """FRoD keeps its projections on the CPU and copies them to the device whenever they are used."""
+        outer, inner = (held[adapter].to(dtype).clone() for held in (layer.frod_U, layer.frod_V))
+        values, diagonal = (held[adapter].to(dtype) for held in (layer.frod_lambda_s_values, layer.frod_lambda_l))
+        rows, columns = layer.frod_s_indices[adapter].clone()
+        return outer, inner, _Sparse(rows, columns, values, len(inner)), diagonal
+
+    def sparse_change(layer: Any, adapter: str) -> _Sparse:
+        rows, columns = layer.shira_indices[adapter]
+        return _Sparse(rows, columns, layer.shira_weight[adapter] * layer.scaling[adapter], layer.out_features)
 
     with (
         mock.patch.object(torch, "rand", lambda *size, **kw: 1.0 if size == (1,) else rand(*size, **kw)),
@@ -55,10 +64,30 @@ def given() -> Iterator[None]:
         mock.patch.object(torch, "where", lambda *a, **kw: where(*a, **kw) if len(a) > 1 else _indices(selected[0])),
         mock.patch.object(shira, "update_layer", counted),
         mock.patch.object(boft, "perm2mat", lambda _, permutation: torch.zeros(len(permutation), len(permutation))),
-        mock.patch.object(frod, "_get_frod_tensors", on_device),
+        mock.patch.object(frod, "_get_frod_tensors", projections),
+        mock.patch.object(shira_linear, "get_delta_weight", sparse_change),
         _clusters(),
     ):
         yield
+
+
+@dataclass(frozen=True)
+class _Sparse:
+    """A square or rectangular sparse matrix, which is added to a dense one or made dense; its storages are ordinary."""
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+    size: int
+
+    def _nnz(self) -> int:
+        return len(self.values)
+
+    def to_dense(self) -> Tensor:
+        return self.__radd__(torch.zeros(self.size, self.size, dtype=self.values.dtype))
+
+    def __radd__(self, dense: Tensor) -> Tensor:
+        return dense.index_put_((self.rows.long(), self.columns.long()), self.values.to(dense.dtype), accumulate=True)
 
 
 @contextlib.contextmanager
@@ -74,8 +103,10 @@ def _clusters() -> Iterator[None]:
     def parts(index: Tensor) -> dict[int, Tensor]:
         return dict(enumerate(torch.arange(len(index)).tensor_split(number[0])))
 
-    names = {name: new for name, new in (("clustering_Z", cluster), ("seg_locations", parts)) if hasattr(layer, name)}
-    with mock.patch.multiple(layer, **names) if names else contextlib.nullcontext():
+    with contextlib.ExitStack() as replaced:
+        for name, new in (("clustering_Z", cluster), ("seg_locations", parts)):
+            if hasattr(layer, name):
+                replaced.enter_context(mock.patch.object(layer, name, new))
         yield
 
 

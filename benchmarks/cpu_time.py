@@ -109,7 +109,7 @@ if __name__ == "__main__":
     chosen = next(job for job in JOBS if job.model == sys.argv[2])
     device = hardware.load(sys.argv[1])
     values = {
-        "measured": measured(chosen, *sys.argv[3:5]),
-        "predicted": predicted(chosen, *sys.argv[3:5], device),
+        "measured": measured(chosen, sys.argv[3], sys.argv[4]),
+        "predicted": predicted(chosen, sys.argv[3], sys.argv[4], device),
     }
     print(json.dumps(values))

@@ -1,4 +1,4 @@
-"""What a rebuilt run needs of transformers, peft and bitsandbytes to work on fake tensors: patches, and an NF4 layer."""
+"""What a rebuilt run needs of transformers, peft and bitsandbytes on fake tensors: patches, and an NF4 layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from edgepeft import catalog
 
@@ -54,6 +54,7 @@ def patched(*, padded: bool) -> Iterator[None]:
         mock.patch.object(masking_utils, "fast_all", lambda _: not padded),
         mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None),
         mock.patch.object(nn.Module, "_apply", _apply),
+        mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, create=True),
     ):
         yield
 
@@ -62,7 +63,7 @@ def _apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
     """``nn.Module._apply`` swaps the contents of tensors, which fake ones refuse; assigning new ones does the same."""
     for child in module.children() if recurse else ():
         child._apply(function)
-    for name, parameter in module._parameters.items():
+    for parameter in module._parameters.values():
         if parameter is not None:
             changed = function(parameter.detach())
             if changed is not parameter and (changed.dtype != parameter.dtype or changed.device != parameter.device):
@@ -84,8 +85,9 @@ class FakeLinear4bit(bnb.nn.Linear4bit):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.compute_dtype = compute_dtype
         packed, state = _quantized(weight, compute_dtype, double=double)
-        self.weight: Any = nn.Parameter(packed, requires_grad=False)
-        self.weight.compress_statistics, self.weight.quant_type = double, "nf4"
+        weight_of: Any = nn.Parameter(packed, requires_grad=False)
+        weight_of.compress_statistics, weight_of.quant_type = double, "nf4"
+        self.weight = weight_of
         self.state = state
         self.bias = linear.bias
 
@@ -121,9 +123,9 @@ def load(
     device_map: bool = True,
     auto: Any = None,
 ) -> Any:
-    """A model as ``from_pretrained`` leaves it on a device; what it allocates on the way, and in which order, is traced.
+    """A model as ``from_pretrained`` leaves it on a device; what it allocates on the way is traced, in order.
 
-    With a ``device_map`` transformers first reserves as much as the model takes, and then loads tensor by tensor, sorted
+    With a ``device_map`` transformers first reserves as much as the model takes, then loads tensor by tensor, sorted
     by name (modeling_utils.caching_allocator_warmup, core_model_loading.convert_and_load_state_dict_in_model). Without,
     a model that was loaded on the CPU is moved tensor by tensor, module by module.
 

@@ -1,7 +1,7 @@
 """A run of peft's ``method_comparison/MetaMathQA`` rebuilt: Llama-3.2-3B on an L40S, ``run.py`` with its defaults.
 
-The experiments (``metamath.json``) are peft's own files. Its ``accelerator_memory_max`` is the most that was reserved over
-the whole run.
+The experiments (``metamath.json``) are peft's own files. Its ``accelerator_memory_max`` is the most that was reserved
+over the whole run.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ EXPERIMENTS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding=
 def trace(setup: dict[str, Any], layers: int | None) -> Tracker:
     """Phases ``load``, ``short`` and ``long``; the cache is emptied before ``long``, as it is between buckets.
 
-    Batches are sorted from long to short inside a bucket of 20, and the cache is emptied every 10 steps: a longest batch
-    meets an empty cache, and the optimizer's states. The outputs of the step before live until its own replace them.
+    Batches are sorted from long to short inside a bucket of 20, and the cache is emptied every 10 steps: the longest
+    batch meets an empty cache, and the optimizer's states. The outputs of the step
+    before live until its own replace them.
 
     Args:
         setup: ``experiment`` (a key of ``EXPERIMENTS``), ``tokens`` of the longest batch.
@@ -43,6 +44,9 @@ def trace(setup: dict[str, Any], layers: int | None) -> Tracker:
             if "peft" in experiment:
                 model = _adapted(model, experiment["peft"], layers)
             optimizer = _optimizer(model, training)
+            if "peft" in experiment:  # run.py measures the base model first; adapters switched on again are all trained
+                with model.disable_adapter():
+                    pass
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         tracker.label_model(model, trained)
         outputs = loss = batch = None

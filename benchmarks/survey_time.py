@@ -13,9 +13,9 @@ from transformers import AutoConfig
 
 from edgepeft import catalog, hardware, precision, roofline
 from edgepeft.backbone import skeleton
+from edgepeft.catalog.fields import at_depth
 from edgepeft.hardware import Hardware
 from edgepeft.methods import base
-from edgepeft.probe import at_depth
 from edgepeft.roofline import Work
 from edgepeft.trace import fake_device
 

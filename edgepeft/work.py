@@ -19,7 +19,7 @@ THIN = 64
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
 _aten: Any = torch.ops.aten
 _ATTENTION = "_scaled_dot_product"
-_ON_CPU = {  # the two that PyTorch's own counter leaves out
+_ON_CPU: dict[Any, Any] = {  # the two that PyTorch's own counter leaves out
     _aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop_count,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop_count,
 }
