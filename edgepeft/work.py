@@ -24,8 +24,8 @@ _ON_CPU: dict[Any, Any] = {  # the two that PyTorch's own counter leaves out
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop_count,
 }
 _ROWS = (_aten.embedding, _aten.index_select, _aten.gather)  # of a table, only the rows asked for are read
-_RANDOM = ("bernoulli", "native_dropout", "normal", "rand", "uniform", "exponential")
-_CURVED = ("softmax", "gelu", "silu", "tanh", "sigmoid", "erf", "logsumexp", "native_layer_norm")
+_RANDOM = ("bernoulli", "native_dropout", "normal", "randn", "uniform", "exponential")
+_CURVED = ("random", "softmax", "gelu", "silu", "tanh", "sigmoid", "erf", "logsumexp", "native_layer_norm")
 _FREE = (  # neither compute nor move
     *(_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided),
     *(_aten.detach, _aten._unsafe_view, _aten.lift_fresh, _aten.set_, _aten.resize_, _aten._local_scalar_dense),
@@ -36,8 +36,8 @@ class Tally:
     """The work of the operators that it is shown, by class.
 
     Classes: ``matmul.DTYPE``, ``thin.DTYPE`` (see ``THIN``), ``attention.DTYPE``; ``curved`` (softmax, norms,
-    activations) and ``random``, which cost a CPU more than their bytes; ``dequantize``, ``optimizer``, ``elementwise``
-    (all others that compute) and ``view`` (operators that only cost their call).
+    activations, random integers) and ``random`` (random fractions), which cost a CPU more than their bytes;
+    ``dequantize``, ``optimizer``, ``elementwise`` (all others that compute) and ``view`` (only the call).
     """
 
     def __init__(self) -> None:

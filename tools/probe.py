@@ -123,14 +123,14 @@ class Probe:
 
     def _elementwise(self) -> float:
         """The operators between the products of a transformer layer, as work.Tally counts their bytes."""
-        x, y = (torch.randn(TOKENS, INNER, dtype=self.half, device=self.device) for _ in range(2))
+        x, y = (torch.randn(TOKENS, WIDTH, dtype=self.half, device=self.device) for _ in range(2))
 
         def layer() -> None:
             _ = (x + y) * y
             z = x.float()
             _ = (z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
-        return self._moved("elementwise", layer, "sums, products, RMS norms and casts of (1024, 3072)")
+        return self._moved("elementwise", layer, "sums, products, RMS norms and casts of (1024, 768)")
 
     def _curved(self) -> float:
         scores = torch.randn(4 * 12, 256, 256, dtype=self.half, device=self.device)
