@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgepeft import evidence, traces
 from edgepeft import hardware as profiles
-from edgepeft import traces
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.hardware import Hardware
 from edgepeft.surface import TRAINING, Configuration, Surface
@@ -107,6 +107,8 @@ class Plan:
             "choice": self.choice,
             "why": self.why,
             "excluded": dict(self.excluded),
+            "evidence": {each.method: evidence.of(each.method) for each in self.candidates},
+            "sources": evidence.sources(),
         }
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from edgepeft import evidence
+
 if TYPE_CHECKING:  # each command loads what it shows; help and profiles must not wait for torch
     from edgepeft.hardware import Hardware
     from edgepeft.inferplan import InferencePlan
@@ -15,6 +17,7 @@ if TYPE_CHECKING:  # each command loads what it shows; help and profiles must no
     from edgepeft.plan import Plan
 
 GiB = 2**30
+WIDE = 150  # columns of a plan; narrower, its numbers would be cut
 _screen = Console()
 _aside = Console(stderr=True)
 
@@ -144,12 +147,17 @@ def plan(found: Plan) -> None:
             each.phase,
             style="bold" if number == found.choice else None if each.fits else "dim",
         )
-    _screen.print(table, width=max(_screen.width, 136))  # narrower, numbers would be cut
+    Console(width=max(_screen.width, WIDE)).print(table)
     _screen.print(
         "GiB at the peak: of the process, of its tensors, and of these by kind. The microbatch is the largest that "
         "fits (1 where none does); TIGHT uses the margin.",
         style="dim",
     )
+    for method in dict.fromkeys(each.method for each in found.candidates):
+        for line in evidence.of(method):
+            _screen.print(f"{method}: {line}", style="dim", highlight=False)
+    for name, source in evidence.sources().items():
+        _screen.print(f"{name}: {source}. No promise for your data.", style="dim", highlight=False)
     for method, reason in found.excluded.items():
         _screen.print(f"{method} was left out: {reason}", style="dim", highlight=False)
     if found.choice is not None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import gzip
 import hashlib
-import importlib.metadata
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -152,6 +149,9 @@ def _trace(
     """Traces run in processes of their own, one per core: a crash in one says which, and leaves the rest alone."""
     if len(wanted) == 1:
         return [(0, _surface(wanted[0]))]
+    import concurrent.futures
+    import multiprocessing
+
     workers = min(len(wanted), len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
@@ -200,6 +200,8 @@ def _path(configuration: Configuration) -> Path:
 @cache
 def _versions() -> tuple[str, ...]:
     """What a trace depends on beside its configuration: the libraries, and our own code."""
+    import importlib.metadata
+
     own = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         own.update(file.read_bytes())

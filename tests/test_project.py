@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    {"errors", "files", "hardware", "machine", "precision", "catalog", "chat", "surface"},
+    {"errors", "files", "hardware", "machine", "precision", "catalog", "chat", "surface", "evidence"},
     {"backbone", "anatomy", "data", "runtime", "cross_entropy", "divergence", "roofline"},
     {"methods", "placements", "step"},
     {

@@ -1,0 +1,127 @@
+"""Surfaces that come with the catalogue: whole, fresh, and enough to plan without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from edgepeft import catalog, evidence, extrapolate, planning, recipe, traces
+from edgepeft import hardware as profiles
+from edgepeft.errors import UsageError
+from edgepeft.methods import base
+from edgepeft.plan import PREFERRED
+from edgepeft.surface import Configuration
+
+SHIPPED = sorted(
+    file.name.removesuffix(".json.gz")
+    for file in files("edgepeft.catalog").joinpath("traces").iterdir()
+    if file.name.endswith(".json.gz")
+)
+GPU = "a100-40gb"
+
+
+def configuration(name: str, method: str, precision: str) -> Configuration:
+    known = catalog.entry(name)
+    assert known is not None
+    model = traces.fields(name)
+    return Configuration(
+        model=model,
+        task=known["_edgepeft"]["task"],
+        method=method,
+        options={},
+        precision=precision,
+        checkpointing=False,
+        microbatch=1,
+        tokens=traces.usual_tokens(model),
+        target_tokens=traces.TARGET_TOKENS,
+        labels=traces.LABELS,
+        accumulates=True,
+        cuda=True,
+        bf16=True,
+    )
+
+
+def test_the_shipped_table_of_methods_says_what_their_classes_say() -> None:
+    for name in base.names():
+        assert traces.traits(name) == traces.traits_of(base.find(name))
+    assert traces.named("qlora") == ("lora", "nf4") and traces.named("lorra") is None
+
+
+@pytest.mark.parametrize("name", SHIPPED[:1])
+@pytest.mark.parametrize(("method", "precision"), [("lora", "nf4"), ("ln_tuning", "bf16")])
+def test_shipped_surfaces_are_what_would_be_traced_now(name: str, method: str, precision: str) -> None:
+    wanted = configuration(name, method, precision)
+    shipped, now = traces.shipped(wanted), extrapolate.surface(wanted)
+    assert shipped is not None
+    for microbatch in (1, 16):
+        assert sum(shipped.at(microbatch)[1].values()) == pytest.approx(sum(now.at(microbatch)[1].values()), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_is_planned_without_torch(name: str) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
+        f"sys.argv = ['edgepeft', 'plan', '--model', {name!r}, '--gpu', {GPU!r}, '--json']; "
+        "from edgepeft.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr  # 1: nothing fits
+    found = json.loads(done.stdout)
+    assert {each["method"] for each in found["candidates"]} == set(PREFERRED)
+
+
+@pytest.mark.parametrize("name", SHIPPED[:1])
+def test_the_recipe_of_a_plan_is_one_that_runs_accept(name: str, tmp_path: Path) -> None:
+    found = planning.plan_model(
+        name,
+        profiles.load(GPU),
+        task=None,
+        method="qlora",
+        precision=None,
+        tokens=None,
+        target_tokens=None,
+        global_batch=12,
+        settings=[],
+        trust_remote_code=False,
+        progress=lambda done, total: None,
+    )
+    made = planning.recipe(found, "some.jsonl", None, None, 12, [])
+    recipe.write(made, tmp_path / "recipe.toml")
+    assert recipe.create(recipe.read(tmp_path / "recipe.toml")) == made
+    assert (made.method, made.precision) == ("lora", "nf4") and 12 % (made.microbatch or 0) == 0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"method": "qlora", "precision": "bf16"}, {"tokens": 0}, {"objective": "beauty"}, {"precision": "int4"}]
+)
+def test_contradictions_are_refused(wrong: dict[str, object]) -> None:
+    values: dict[str, object] = dict.fromkeys(
+        ("task", "method", "precision", "tokens", "target_tokens", "global_batch")
+    )
+    with pytest.raises(UsageError):
+        planning.plan_model(
+            "t5-small",
+            profiles.load(GPU),
+            settings=[],
+            trust_remote_code=False,
+            progress=lambda done, total: None,
+            **{**values, **wrong},  # type: ignore[arg-type]
+        )
+
+
+def test_memory_left_to_others_is_not_planned_with() -> None:
+    device = profiles.load(GPU)
+    assert planning.leaving(device, 2**30).available_bytes == device.available_bytes - 2**30
+    with pytest.raises(UsageError):
+        planning.leaving(device, 2**40)
+
+
+def test_evidence_that_disagrees_is_shown_from_both_sides() -> None:
+    survey, metamath = evidence.of("ln_tuning")
+    assert "t5-11b 73.8" in survey and "0.0% to 0.0%" in metamath
+    assert set(evidence.sources()) == {"survey", "metamath"} and evidence.of("galore") == []
