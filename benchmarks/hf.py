@@ -11,10 +11,22 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from edgepeft import catalog
 
+TINYLLAMA = {  # config.json of TinyLlama/TinyLlama-1.1B-Chat-v1.0 on the Hugging Face hub; not in the catalogue
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
 BLOCK, SCALE_BLOCK = 64, 256  # weights a scale, and scales a second-level scale: bitsandbytes' defaults
 
 
@@ -22,10 +34,10 @@ def config(model: str, layers: int | None = None) -> Any:
     """The transformers configuration of a model of the catalogue, with fewer layers if wanted."""
     from transformers import AutoConfig
 
-    fields = catalog.entry(model)
+    fields = catalog.entry(model) or (dict(TINYLLAMA) if "TinyLlama" in model else None)
     if fields is None:
         raise SystemExit(f"{model} is not in the catalogue.")
-    fields.pop("_edgepeft")
+    fields.pop("_edgepeft", None)
     found = AutoConfig.for_model(fields.pop("model_type"), **fields)
     return found if layers is None else shallow(found, layers)
 
@@ -135,7 +147,7 @@ def load(
     """
     from transformers import AutoModelForCausalLM
 
-    with unset_fake_temporarily(), torch.device("meta"):
+    with _disable_current_modes(), torch.device("meta"):  # nothing of this is on the device
         model: Any = (auto or AutoModelForCausalLM).from_config(config, dtype=dtype, attn_implementation=attention)
     packed = {f"{name}.weight": name for name in _packed(model)} if nf4 else {}
     parameters = dict(model.named_parameters())

@@ -20,7 +20,6 @@ from edgepeft.allocator import CachingAllocator
 PHASES = {
     "t4": ("load", "step 1", "step 2"),
     "metamath": ("load", "short", "long"),
-    "lstt5": ("load", "step 1", "step 2"),
 }
 
 
@@ -31,6 +30,8 @@ def main(argument: str) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     harness = setup.pop("harness")
     layers = setup.pop("layers")
+    if harness == "reality":
+        return importlib.import_module(harness).compare(**setup)
     tracker = importlib.import_module(harness).trace(setup, layers)
     allocator = CachingAllocator()
     allocator.run(tracker.history(*PHASES[harness]))
@@ -64,7 +65,13 @@ def apart(argument: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    for module in ("peft", "bitsandbytes", "transformers.models.llama.modeling_llama", "transformers.masking_utils"):
+    for module in (
+        "reality",
+        "peft",
+        "bitsandbytes",
+        "transformers.models.llama.modeling_llama",
+        "transformers.masking_utils",
+    ):
         importlib.import_module(module)
     for each in sys.argv[1:]:
         print(json.dumps(apart(each)), flush=True)

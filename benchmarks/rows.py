@@ -63,7 +63,7 @@ def traced(wanted: Sequence[tuple[str, dict[str, Any], int | None]]) -> Iterator
     arguments = [json.dumps({"harness": h, "layers": layers, **setup}, sort_keys=True) for h, setup, layers in wanted]
     paths = [CACHE / f"{_key(text, each[0])}.json" for text, each in zip(arguments, wanted, strict=True)]
     missing = {path: text for path, text in zip(paths, arguments, strict=True) if not path.exists()}
-    found = _run(missing) if missing else iter(())
+    found = _run(list(missing.values()))
     for path in paths:
         if path in missing:
             del missing[path]  # the worker answers in the order of the questions
@@ -75,10 +75,10 @@ def traced(wanted: Sequence[tuple[str, dict[str, Any], int | None]]) -> Iterator
             yield json.loads(path.read_text(encoding="utf-8"))
 
 
-def _run(missing: dict[Path, str]) -> Iterator[dict[str, Any]]:
+def _run(arguments: list[str]) -> Iterator[dict[str, Any]]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["PYTHONPATH"] = os.pathsep.join((str(FOLDER.parent), environment.get("PYTHONPATH", "")))
-    command = [sys.executable, str(FOLDER / "rebuilt.py"), *missing.values()]
+    command = [sys.executable, str(FOLDER / "rebuilt.py"), *arguments]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as worker:
@@ -114,7 +114,8 @@ def _row(fields: dict[str, str]) -> Row:
 
 def _key(argument: str, harness: str) -> str:
     content = hashlib.sha256(argument.encode())
-    for path in (*CODE, FOLDER / f"{harness}.py"):
+    code = sorted((FOLDER.parent / "edgepeft").rglob("*.py")) if harness == "reality" else CODE
+    for path in (*code, FOLDER / f"{harness}.py"):
         content.update(path.read_bytes())
     for name in ("torch", "transformers", "peft", "bitsandbytes"):
         content.update(importlib.metadata.version(name).encode())

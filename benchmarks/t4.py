@@ -12,11 +12,11 @@ from edgepeft.trace import Tracker, fake_device
 
 T4 = Device(capability=(7, 5), version=(2, 13))
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-STEPS = 3  # a warm-up step, a measured one, and one measured by phase
+STEPS = 2  # a warm-up step and the measured one
 
 
 def trace(setup: dict[str, Any], layers: int | None) -> Tracker:
-    """Phases ``load`` and ``step 1`` to ``step 3``.
+    """Phases ``load``, ``step 1`` and ``step 2``.
 
     Args:
         setup: ``model`` (hub id), ``quant`` ("nf4" or "none"), ``attention`` ("eager" or "sdpa"), ``rank``,

@@ -52,23 +52,21 @@ def test_dropout_of_nothing_keeps_nothing() -> None:
     assert kept(lambda: states(1), nn.Dropout(0.1).eval()) == 0
 
 
-def test_softmax_of_half_precision_into_fp32_has_no_copy_of_its_input() -> None:
-    def scores() -> tuple[Tensor, ...]:
-        return (torch.empty(BATCH, HEADS, TOKENS, TOKENS, dtype=torch.bfloat16, requires_grad=True),)
-
-    def softmax(x: Tensor) -> Tensor:
-        return F.softmax(x, dim=-1, dtype=torch.float32)
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float16, True), (torch.bfloat16, False)])
+def test_softmax_of_float16_into_fp32_has_no_copy_of_its_input(dtype: torch.dtype, fused: bool) -> None:
+    """ATen's kernel converts float16, and only that: "conversion is supported for Half type only"."""
 
     def peak(cuda: bool) -> int:
         with fake_device(cuda=cuda):
-            tracker, inputs = Tracker(cuda=False), scores()
-            tracker.label(inputs, "weights")
+            tracker = Tracker(cuda=False)
+            x = torch.empty(BATCH, HEADS, TOKENS, TOKENS, dtype=dtype, requires_grad=True)
+            tracker.label([x], "weights")
             with tracker.phase("forward"):
-                assert softmax(*inputs).dtype is torch.float32
+                assert F.softmax(x, dim=-1, dtype=torch.float32).dtype is torch.float32
             found = tracker.peaks()["forward"]
         return found.peak_bytes - found.bytes["weights"]
 
-    assert peak(cuda=True) == 4 * SCORES
+    assert peak(cuda=True) == (4 if fused else 8) * SCORES
     assert peak(cuda=False) == 8 * SCORES
 
 
@@ -86,6 +84,43 @@ def test_softmax_backward_has_a_workspace() -> None:
             return tracker.peaks()["backward"].peak_bytes
 
     assert peak(cuda=True) - peak(cuda=False) == 4 * SCORES
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "size"),
+    [
+        ((7, 5), (2, 13), 8519680),
+        ((8, 9), (2, 13), 8519680),
+        ((9, 0), (2, 13), 32 << 20),
+        ((12, 0), (2, 13), 32 << 20),
+        ((7, 5), (1, 13), 4 << 20),
+    ],
+)
+def test_forward_and_backward_have_a_cublas_workspace_each(
+    capability: tuple[int, int], version: tuple[int, int], size: int
+) -> None:
+    device = cuda_semantics.Device(capability, version)
+    with fake_device(cuda=device) as tracker:
+        layer, x = nn.Linear(64, 64, bias=False), torch.empty(8, 64)
+        with tracker.phase("forward"):
+            loss = layer(layer(x)).sum()
+        with tracker.phase("backward"):
+            loss.backward()
+        with tracker.phase("after"):
+            pass
+        peaks = tracker.peaks()
+    assert size <= peaks["forward"].peak_bytes < size + (64 << 10)
+    assert 2 * size <= peaks["after"].peak_bytes < 2 * size + (64 << 10)
+
+
+@pytest.mark.parametrize(("capability", "scores"), [((7, 5), True), ((8, 0), False)])
+def test_grouped_heads_without_flash_attention_have_scores(capability: tuple[int, int], scores: bool) -> None:
+    """The memory-efficient kernel takes no grouped heads: a T4 falls back to plain products."""
+    with fake_device(cuda=cuda_semantics.Device(capability)) as tracker:
+        query, key, value = states(heads=2)
+        with tracker.phase("forward"):
+            F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        assert (tracker.peaks()["forward"].peak_bytes > 4 * SCORES) is scores
 
 
 def attention(**options: Any) -> Callable[..., Tensor]:
