@@ -19,6 +19,7 @@ from edgepeft.export import genai, onnx, parity, quantize
 from edgepeft.export.package import package
 from edgepeft.files import size_bytes
 from edgepeft.ledger import Row
+from edgepeft.methods import base
 from edgepeft.recipe import Recipe
 from edgepeft.runtime.sessions import open_graphs
 from edgepeft.step import Batch
@@ -66,7 +67,7 @@ def deploy(
         template=data.template,
         eos_token_ids=gate.stops,
         decoder_start_token_id=gate.start,
-        max_tokens=positions(model.config) or UNBOUNDED,
+        max_tokens=_longest(model.config, recipe),
         name=recipe.model,
         method=recipe.method or "",
         variant=best,
@@ -132,6 +133,9 @@ class _Gate:
         else:
             before = open_graphs(self.space.onnx / "fp32", self.data.task)
             found = parity.compare(graphs, self.batches, lambda i: parity.target_logits(before, self.batches[i]))
+        if not np.isfinite(list(found.metrics.values())).all():  # it cannot generate, and JSON has no NaN
+            size = size_bytes(self.space.onnx / variant)
+            return Row(artefact=f"onnx-{variant}", bytes=size, kept=False, note="Its outputs are not numbers.")
         tokens = [parity.generate(graphs, prompt, TOKENS, self.stops, self.start) for prompt in self.prompts]
         latency, speed = parity.speed(graphs, self.data.task, self.start)
         row = Row(
@@ -167,6 +171,15 @@ class _Gate:
         return made[1:] if self.data.task == "seq2seq" else made[len(prompt) :]
 
 
+def _longest(configuration: Any, recipe: Recipe) -> int:
+    """How many tokens a device accepts: the model's positions without those of the method's own tokens."""
+    most = positions(configuration)
+    if most is None:
+        return UNBOUNDED
+    assert recipe.method is not None
+    return most - base.create(recipe.method, recipe.options).positions(configuration)
+
+
 def _stops(model: Any) -> list[int]:
     """Tokens that end an answer, as the model's generation settings have it."""
     found = getattr(model, "generation_config", None)
@@ -182,7 +195,8 @@ def _marked(row: Row, shipped: bool) -> Row:
 def _described(row: Row) -> str:
     parts = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in row.metrics.items()]
     parts.append(f"{(row.bytes or 0) / 2**20:.0f} MiB")
-    parts.append(
-        f"{row.latency_ms:.1f} ms" if row.tokens_per_second is None else f"{row.tokens_per_second:.1f} tokens/s"
-    )
+    if row.tokens_per_second is not None:
+        parts.append(f"{row.tokens_per_second:.1f} tokens/s")
+    elif row.latency_ms is not None:
+        parts.append(f"{row.latency_ms:.1f} ms")
     return ", ".join(parts) + (f". Refused: {row.note}" if row.note else "")

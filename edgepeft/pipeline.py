@@ -99,9 +99,9 @@ class _Job:
             checkpointing=chosen.checkpointing,
         )
         exact = self._plan(self.recipe, size, accumulates=size != recipe.global_batch).chosen()
-        write_json(self.space.plan, {**found.as_json(), "predicted_peak_bytes": exact.peak_bytes, "bytes": exact.bytes})
+        write_json(self.space.plan, {**found.as_json(), "predicted_peak_bytes": exact.step_bytes, "bytes": exact.bytes})
         recipes.write(self.recipe, self.space.recipe)
-        self.say(f"plan: {self._choice()}; {exact.peak_bytes / 2**30:.2f} GiB of tensors predicted. {found.why}")
+        self.say(f"plan: {self._choice()}; {exact.step_bytes / 2**30:.2f} GiB of tensors predicted. {found.why}")
 
     def train(self) -> None:
         """Train, unless the adapter of this very recipe and data is there."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # each command loads what it shows; help and profiles must no
     from edgepeft.plan import Plan
 
 GiB = 2**30
-WIDE = 150  # columns of a plan; narrower, its numbers would be cut
+WIDE = 160  # columns of a plan; narrower, its numbers would be cut
 _screen = Console()
 _aside = Console(stderr=True)
 

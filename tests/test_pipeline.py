@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 from transformers import AutoModelForSequenceClassification
 
 from edgepeft import ledger, pipeline
 from edgepeft.errors import EdgePeftError, UsageError
+from edgepeft.export import quantize
 from edgepeft.recipe import Recipe
 from edgepeft.runtime.device import Device
 
@@ -108,6 +112,29 @@ def test_a_damaged_adapter_is_named(tuned: Path, tmp_path: Path) -> None:
     adapter.write_bytes(adapter.read_bytes()[:1000])
     with pytest.raises(EdgePeftError, match="adapter.safetensors cannot be read"):
         pipeline.run(classifier(), copy, until="merge")
+
+
+def test_a_variant_that_overflows_is_refused_and_another_one_is_shipped(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflowing(source: Path, variant: str, task: str, target: Path) -> None:
+        shutil.copytree(source, target)
+        proto = onnx.load(target / "model.onnx")
+        table = max(proto.graph.initializer, key=lambda tensor: math.prod(tensor.dims))
+        weights = np.full_like(onnx.numpy_helper.to_array(table), np.nan)
+        table.CopyFrom(onnx.numpy_helper.from_array(weights, table.name))
+        onnx.save(proto, target / "model.onnx")
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tuned, copy)
+    shutil.rmtree(copy / "device")
+    shutil.rmtree(copy / "onnx")
+    monkeypatch.setattr(quantize, "quantize", overflowing)
+    pipeline.run(classifier(), copy)
+    found = rows(copy)
+    assert not found["onnx-int8"].kept and "not numbers" in found["onnx-int8"].note
+    assert found["onnx-fp32"].kept and Device.load(copy / "device").classify("Fine.")
+    json.loads((copy / "ledger.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def test_seq2seq_with_an_unmergeable_method_on_nf4(tmp_path: Path) -> None:
