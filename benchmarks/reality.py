@@ -1,8 +1,8 @@
 """The training step on this CPU: the peak of tensor bytes that ``probe`` predicts, and what PyTorch's allocator counts.
 
 The prediction traces fake tensors. The measurement runs the same set-up on real ones: bytes of all live storages when
-the second step begins, plus the highest running sum of the profiler's allocations and frees in that step. The profiler sees
-what kernels allocate inside, which a trace does not, and it is no code of edgepeft's.
+the second step begins, plus the highest running sum of the profiler's allocations and frees in that step. The profiler
+sees what kernels allocate inside, which a trace does not, and it is no code of edgepeft's.
 """
 
 from __future__ import annotations
