@@ -85,7 +85,8 @@ class Tracker(TorchDispatchMode):
         if backward not in self._blas:
             self._blas.add(backward)
             uid = self._born(device.blas_workspace_bytes)
-            self._uid_of[-uid] = uid  # never freed
+            self._kind[uid] = "temporaries"  # scratch memory, though it is never freed
+            self._uid_of[-uid] = uid
             self._record(uid)
 
     def empty_cache(self) -> None:
