@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
+import conformance
 import pytest
 import tiny
 import torch
@@ -208,6 +209,7 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "name", "at", "again"), CASES)
 def test_fake_tensors_take_the_bytes_of_real_ones(family: str, name: str, at: str, again: bool) -> None:
+    conformance.needs(name, family)
     compare(family, name, at, again, bf16=True)
 
 
@@ -237,6 +239,7 @@ def compare(family: str, name: str, at: str, again: bool, *, bf16: bool) -> None
     ],
 )
 def test_every_method_can_be_planned_for_a_gpu(family: str, name: str, again: bool) -> None:
+    conformance.needs(name, family)
     with precision.emulating(bf16=True):
         found = traced(fake_device(cuda=True), family, name, "bf16", again)
     backward = found["forward+backward"]
