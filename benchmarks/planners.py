@@ -43,6 +43,7 @@ class Answers:
     pairs: list[tuple[float, float]] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    allocated: list[float] = field(default_factory=list)  # errors of allocated bytes alone, which only edgepeft tells
 
     def errors(self) -> list[float]:
         return [predicted / measured - 1 for predicted, measured in self.pairs]
@@ -77,6 +78,7 @@ def _edgepeft(shared: list[Row]) -> Answers:
         else:
             assert row.reserved_bytes is not None
             answers.pairs.append((answer["reserved_bytes"] + CONTEXT_BYTES, row.reserved_bytes + CONTEXT_BYTES))
+            answers.allocated += rows.errors([(answer["allocated_bytes"], row.allocated_bytes)])
     script = str(Path(rows.__file__).with_name("rebuilt.py"))
     for row in shared[:3]:
         argument = json.dumps({"harness": row.harness, "layers": None, **row.setup})
@@ -207,6 +209,11 @@ def report(found: dict[str, Answers], shared: int, read: dict[str, int]) -> str:
             f"| {statistics.median(answers.seconds):.3g} | {read[name]} of {len(catalog.names())} |"
         )
     lines += ["", "| planner | what can be asked |", "|---|---|", *(f"| {k} | {v} |" for k, v in asks.items()), ""]
+    allocated = found["edgepeft"].allocated
+    lines.append(
+        f"Of allocated bytes, before the allocator's reserve, edgepeft's median error is "
+        f"{statistics.median(map(abs, allocated)):.2%}, its range {min(allocated):+.2%} to {max(allocated):+.2%}."
+    )
     lines.append(
         "edgepeft's seconds are of a fresh trace at full depth with three steps, in a new process, imports included; "
         "`edgepeft plan` traces shallow models and keeps what it found."
