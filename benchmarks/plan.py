@@ -81,9 +81,10 @@ def gpu() -> str:
         "| rows | quantity | n | median | 90 % within | worst | most under | target |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         _summary("T4 (fitcheck-llm)", "allocated", allocated, "median 0.3 %, worst 1.5 %"),
-        _summary("T4 (fitcheck-llm)", "reserved", reserved, "none: chaotic in the order of requests"),
+        _summary("T4 (fitcheck-llm)", "reserved", reserved, "none set; hangs on the order of requests"),
         _summary("MetaMathQA (peft), L40S", "reserved, whole run", whole, "median 1 %, 90 % within 5 %"),
-        "\nNo run here ran out of memory.\n",
+        _coverage(),
+        "No run here ran out of memory.\n",
         "| row | measured GiB | predicted GiB | error | reserved: measured | predicted | error |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *(
@@ -142,6 +143,20 @@ longest of the first 20,000 is recorded nowhere, and the data set was not to be 
 it is {LONGEST}, the length at which one run that is *not* in the table, `lora/llama-3.2-3B-rank32` (20.762 GiB), comes
 out right: an inference from one measurement, so the level of the other rows rests on it, and only their differences are
 predicted without it. At the bound of {BOUND} tokens every row comes out about 6 % higher."""
+
+
+def _coverage() -> str:
+    """Whether every experiment of peft's comparison can be traced, measured here or not; shallow, which is enough."""
+    import metamath
+
+    wanted = [("metamath", {"experiment": name, "tokens": 128}, 2) for name in metamath.EXPERIMENTS]
+    failed = {
+        each[1]["experiment"]: answer["error"]
+        for each, answer in zip(wanted, rows.traced(wanted), strict=True)
+        if "error" in answer
+    }
+    why = "".join(f"; {name} fails: {error}" for name, error in failed.items())
+    return f"\nOf peft's {len(wanted)} MetaMathQA experiments {len(wanted) - len(failed)} can be traced{why}.\n"
 
 
 def _error(measured: float | None, answer: dict[str, Any], name: str) -> float | None:
