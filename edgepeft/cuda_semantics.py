@@ -95,8 +95,13 @@ def emulated(device: Device) -> Iterator[None]:
             setattr(owner, name, function)
 
 
-def workspace_bytes(operator: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
-    """Bytes that an operator's CUDA kernel allocates and frees inside, which its fake does not show."""
+def workspace_bytes(operator: Any, args: tuple[Any, ...], *, cuda: bool) -> tuple[int, ...]:
+    """Bytes that an operator's kernel allocates and frees inside, which its fake does not show."""
+    if operator is _aten.logsumexp.default:
+        # ``(self - maxes).exp_()`` in logsumexp_out_impl (native/ReduceOps.cpp), on every device
+        return (args[0].numel() * args[0].element_size(),)
+    if not cuda:
+        return ()
     found = _WORKSPACES.get(operator.name().partition(".")[0]) if isinstance(operator, torch._ops.OpOverload) else None
     return found(args) if found is not None else ()
 

@@ -73,10 +73,9 @@ class Tracker(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._follow(leaf)
-        if self.cuda is not None:
-            for hidden in cuda_semantics.workspace_bytes(func, args):
-                self._record(uid := self._born(hidden))
-                self._record(-uid)
+        for hidden in cuda_semantics.workspace_bytes(func, args, cuda=self.cuda is not None):
+            self._record(uid := self._born(hidden))
+            self._record(-uid)
         return result
 
     def _blas_workspace(self, device: cuda_semantics.Device) -> None:

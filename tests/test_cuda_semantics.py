@@ -123,6 +123,17 @@ def test_grouped_heads_without_flash_attention_have_scores(capability: tuple[int
         assert (tracker.peaks()["forward"].peak_bytes > 4 * SCORES) is scores
 
 
+@pytest.mark.parametrize("cuda", [True, False])
+def test_logsumexp_has_a_workspace_on_every_device(cuda: bool) -> None:
+    with fake_device(cuda=cuda) as tracker:
+        x = torch.empty(64, 1024)
+        tracker.label([x], "weights")
+        with tracker.phase("forward"):
+            x.logsumexp(1)
+        found = tracker.peaks()["forward"]
+    assert found.peak_bytes - found.bytes["weights"] == pytest.approx(x.nbytes, abs=1024)
+
+
 def attention(**options: Any) -> Callable[..., Tensor]:
     return lambda query, key, value: F.scaled_dot_product_attention(query, key, value, **options)
 
