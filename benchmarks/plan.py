@@ -82,7 +82,12 @@ def gpu() -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         _summary("T4 (fitcheck-llm)", "allocated", allocated, "median 0.3 %, worst 1.5 %"),
         _summary("T4 (fitcheck-llm)", "reserved", reserved, "none set; hangs on the order of requests"),
-        _summary("MetaMathQA (peft), L40S", "reserved, whole run", whole, "median 1 %, 90 % within 5 %"),
+        _summary(
+            "MetaMathQA (peft), L40S",
+            "reserved, whole run",
+            whole,
+            "median 1 %, 90 % within 5 %: not claimed, one length is fitted (below)",
+        ),
         _coverage(),
         "No run here ran out of memory.\n",
         "| row | measured GiB | predicted GiB | error | reserved: measured | predicted | error |",
