@@ -96,7 +96,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
             parameter = parameters[name]
             # AdamW keeps its step counts on the CPU unless it is fused; states of a parameter's shape live beside it.
             if isinstance(value, Tensor):
-                value = value.to(parameter.device)
+                value = value.clone().to(parameter.device)  # not a view of the file, which is deleted in its turn
             optimizer.state[parameter][key] = value
     _restore_random_states(tensors, plain["random"])
     progress: dict[str, Any] = plain["progress"]

@@ -41,10 +41,16 @@ def run(wanted: Recipe, out: Path, *, until: str = STAGES[-1], say: Say = lambda
         UsageError: something about the input is wrong; found before work starts.
         EdgePeftError: a stage failed; what was finished before stays.
     """
+    threads = torch.get_num_threads()
     job = _Job(wanted, out, say)
-    for stage in STAGES[: STAGES.index(until) + 1]:
-        getattr(job, stage)()
-        report.write(out)
+    try:
+        if job.hardware.kind == "cpu" and job.hardware.cores:
+            torch.set_num_threads(min(job.hardware.cores, os.cpu_count() or 1))
+        for stage in STAGES[: STAGES.index(until) + 1]:
+            getattr(job, stage)()
+            report.write(out)
+    finally:
+        torch.set_num_threads(threads)  # sums depend on it in their last bits: the caller's results must not change
     return job.space
 
 
@@ -311,8 +317,6 @@ def _usable(hardware: Hardware) -> Hardware:
             "",
             "`edgepeft plan` plans for other hardware; to run here, leave --gpu out.",
         )
-    if hardware.kind == "cpu" and hardware.cores:
-        torch.set_num_threads(min(hardware.cores, os.cpu_count() or 1))
     return hardware
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import tiny
 import tiny_tokenizers
+import torch
 from torch import nn
 
 from edgepeft import backbone, data, events, recipe
@@ -96,6 +97,7 @@ def prepared(chosen: Recipe, cache_folder: Path) -> tuple[Backbone, base.Method,
 
 def run(chosen: Recipe, out: Path, on_forward: Callable[[int], None] | None = None) -> training.Trained:
     """Train, or go on training, in ``out``; ``on_forward`` hears how many forward passes there were before each."""
+    torch.set_num_threads(1)  # in this process and in those that die: the number decides the last bits of sums
     made, method, read = prepared(chosen, out.parent / "cache")
     if on_forward is not None:
         count = iter(range(10**9))
