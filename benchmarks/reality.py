@@ -102,6 +102,7 @@ def _measured(configuration: Configuration) -> int:
         made = skeleton(config, task=configuration.task, at=configuration.precision, labels=2, pack=method.pack)
         base.apply(method, made)
         batch = probe.example_batch(configuration)
+        batch["attention_mask"][0, -1] = 0  # without any padding transformers drops the mask, and what it takes
         for number, stage in enumerate(method.stages()):
             if number:
                 base.begin(method, made, number)

@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
 
 from edgepeft import cuda_semantics
 from edgepeft.roofline import Work
@@ -227,5 +229,16 @@ def fake_device(*, cuda: cuda_semantics.Device | bool) -> Iterator[Tracker]:
     import bitsandbytes  # noqa: F401  # before: its tables are tensors, and must not be fake for the rest of the process
 
     tracker = Tracker(cuda=cuda)
-    with FakeTensorMode(), cuda_semantics.emulated(tracker.cuda) if tracker.cuda else contextlib.nullcontext():
+    emulated = cuda_semantics.emulated(tracker.cuda) if tracker.cuda else contextlib.nullcontext()
+    with FakeTensorMode(), emulated, _not_packed():
         yield tracker
+
+
+@contextlib.contextmanager
+def _not_packed() -> Iterator[None]:
+    """Answer for transformers what fake positions cannot: that no row of a batch holds several sequences.
+
+    It asks only where there is no mask; without the answer it makes one, for example for a prompt that is encoded.
+    """
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None):
+        yield

@@ -194,14 +194,8 @@ def traced(
         return tracker.peaks()
 
 
-PROMPTS = pytest.mark.xfail(
-    strict=False, reason="open: a prompt's fake activations are 740 bytes larger than real ones"
-)
 CASES = [
-    *(
-        pytest.param("llama", name, "fp32", False, marks=PROMPTS if name in ("prompt_tuning", "spot", "ipt") else ())
-        for name in base.names()
-    ),
+    *(("llama", name, "fp32", False) for name in base.names()),
     *(("llama", name, "nf4", False) for name in ("lora", "lst", "ln_tuning")),
     ("llama", "lora", "int8", False),
     ("llama", "ln_tuning", "bf16", False),
