@@ -19,7 +19,8 @@ from edgepeft.catalog.fields import at_depth, depth
 from edgepeft.cross_entropy import chunks
 from edgepeft.precision import is_packed
 from edgepeft.probe import Recording, record
-from edgepeft.surface import KINDS, Configuration, Moment, Surface
+from edgepeft.roofline import Work, along
+from edgepeft.surface import KINDS, WORKING, Configuration, Moment, Surface
 
 DEPTHS = (2, 4)  # layers that are traced. Even, because LST pairs layers
 SIZES = [2**power for power in range(11)]  # microbatches at which the peak of a segment is looked for
@@ -35,10 +36,12 @@ class Timeline:
     Attributes:
         bytes: what is held at each moment, (moments, 2, kinds): fixed, and for each example.
         segments: (what, stack, layer counted from the nearer end, occurrence) → first and last moment.
+        work: by class of operator, at microbatch 0 and at microbatch 1.
     """
 
     bytes: Array
     segments: Mapping[tuple[Any, ...], tuple[int, int]]
+    work: tuple[Mapping[str, Work], Mapping[str, Work]] = ({}, {})
 
     def most(self, first: int, last: int, microbatch: int) -> int:
         """The moment from ``first`` to ``last`` at which most is held."""
@@ -64,7 +67,18 @@ def surface(configuration: Configuration) -> Surface:
         }
         moments = [Moment(v[: len(KINDS)], v[len(KINDS) :], cut) for v, cut in found.items()]
         phases[phase] = tuple(_needed(moments, saturated))
-    return Surface(phases, saturated)
+    place = (full - depths[0]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
+    return Surface(phases, saturated, dict(_work(traced[0], traced[-1], place)))
+
+
+def _work(
+    low: dict[str, Timeline], high: dict[str, Timeline], place: float
+) -> Iterator[tuple[str, tuple[Mapping[str, Work], Mapping[str, Work]]]]:
+    """What a step of the last stage does, beyond the shallower trace by ``place`` times what the deeper one adds."""
+    for phase in WORKING:
+        last = next(name for name in reversed(low) if name.endswith(phase))
+        (none, one), (deep_none, deep_one) = low[last].work, high[last].work
+        yield phase, (along(none, deep_none, place), along(one, deep_one, place))
 
 
 def _moments(low: Timeline, high: Timeline) -> Iterator[tuple[tuple[Any, ...], Array, Array]]:
@@ -138,7 +152,8 @@ def _timeline(recording: Recording, name: str, size: int) -> Timeline:
             sign, column = (1 if event > 0 else -1), KINDS.index(kind)
             changes[row, 0, column] += sign * (taken - each * size)
             changes[row, 1, column] += sign * each
-    return Timeline(changes.cumsum(0), _segments(recording.marks.get(name, []), len(phase.events)))
+    segments = _segments(recording.marks.get(name, []), len(phase.events))
+    return Timeline(changes.cumsum(0), segments, phase.tally.split(size))
 
 
 def _segments(marks: list[tuple[tuple[str, int, int], int]], moments: int) -> dict[tuple[Any, ...], tuple[int, int]]:

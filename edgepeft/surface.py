@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from edgepeft.roofline import Work, along
 
 KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "temporaries")
 TRAINING = ("loading", "forward+backward", "update", "evaluation", "checkpoint")
 """Phases of training; with several stages, each has its own of some. Merging and exporting come after it."""
+
+WORKING = ("forward+backward", "update")
+"""Phases whose work is counted: a step is the first for each of its microbatches, and then the second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +71,13 @@ class Surface:
     Attributes:
         phases: phase → the moments that can be its peak.
         saturated: the microbatch from which a loss computed in chunks fills a chunk; below, it needs less.
+        work: what forward+backward of a microbatch and update do, by class of operator, at microbatch 0 and at
+            microbatch 1; of a method with several stages, in the last.
     """
 
     phases: Mapping[str, Sequence[Moment]]
     saturated: int = 1
+    work: Mapping[str, tuple[Mapping[str, Work], Mapping[str, Work]]] = field(default_factory=dict)
 
     def peaks(self, microbatch: int) -> dict[str, dict[str, int]]:
         """Phase → bytes by kind at its peak."""
@@ -89,13 +97,21 @@ class Surface:
         phase = max(names, key=lambda name: sum(found[name].values()))
         return phase, found[phase]
 
+    def work_at(self, microbatch: int) -> dict[str, dict[str, Work]]:
+        """Phase → class of operator → what it does for one microbatch of this size."""
+        return {phase: along(none, one, microbatch) for phase, (none, one) in self.work.items()}
+
     def plain(self) -> dict[str, Any]:
         """As JSON, for files: see ``read``."""
         moments = {
             phase: [[*map(_short, moment.fixed), *map(_short, moment.each), _short(moment.less)] for moment in moments]
             for phase, moments in self.phases.items()
         }
-        return {"saturated": self.saturated, "phases": moments}
+        work = {
+            phase: {kind: [*none.get(kind, (0, 0, 0)), *one[kind]] for kind in one}
+            for phase, (none, one) in self.work.items()
+        }
+        return {"saturated": self.saturated, "phases": moments, "work": work}
 
 
 def read(plain: Mapping[str, Any]) -> Surface:
@@ -105,7 +121,14 @@ def read(plain: Mapping[str, Any]) -> Surface:
         phase: tuple(Moment(tuple(row[:width]), tuple(row[width : 2 * width]), row[2 * width]) for row in rows)
         for phase, rows in plain["phases"].items()
     }
-    return Surface(phases, plain["saturated"])
+    work = {
+        phase: (
+            {kind: Work(*row[:3]) for kind, row in rows.items()},
+            {kind: Work(*row[3:]) for kind, row in rows.items()},
+        )
+        for phase, rows in plain["work"].items()
+    }
+    return Surface(phases, plain["saturated"], work)
 
 
 def _short(value: float) -> float:

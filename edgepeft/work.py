@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,47 +42,98 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self._sums: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+        self._seen: Counter[tuple[_Call, bool]] = Counter()
 
     def add(self, operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Count one call of a dispatcher operator."""
         if operator.namespace in ("prim", "profiler"):
             return
-        kind, work = _work(operator, args, kwargs, result)
-        sums = self._sums[kind]
-        for index, value in enumerate(work):
-            sums[index] += value
+        self._seen[_call(operator, args, kwargs, result), bool(_growing)] += 1
 
     def work(self) -> dict[str, Work]:
         """What was counted."""
-        return {kind: Work(*sums) for kind, sums in self._sums.items()}
+        sums: dict[str, Work] = {}
+        for (call, _), count in self._seen.items():
+            _add(sums, call.kind, count * call.calls, count * call.flops, count * sum(call.sizes))
+        return sums
+
+    def split(self, size: int) -> tuple[dict[str, Work], dict[str, Work]]:
+        """What was counted at the microbatch ``size``, as it would be at microbatch 0 and at microbatch 1.
+
+        Args:
+            size: a prime that divides no dimension of the model and no length: what is a multiple of it grows with the
+                microbatch. So does everything that ran within ``growing``.
+        """
+        fixed: dict[str, Work] = {}
+        for (call, grows), count in self._seen.items():
+            if not grows:
+                kept = [each for each in call.sizes if each % size]
+                _add(
+                    fixed,
+                    call.kind,
+                    count * call.calls,
+                    count * call.flops * bool(call.flops % size),
+                    count * sum(kept),
+                )
+        none = Work(0, 0, 0)
+        one = {
+            kind: Work(*(a + (b - a) // size for a, b in zip(fixed.get(kind, none), whole, strict=True)))
+            for kind, whole in self.work().items()
+        }
+        return fixed, one
 
 
-def _work(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> tuple[str, Work]:
+@contextlib.contextmanager
+def growing() -> Iterator[None]:
+    """What is counted inside is proportional to the microbatch, though not each operator is: a loop over its parts."""
+    _growing.append(None)
+    try:
+        yield
+    finally:
+        _growing.pop()
+
+
+_growing: list[None] = []
+
+
+class _Call(NamedTuple):
+    """One call of an operator: its class, what it launches and computes, and the bytes of every tensor it moves."""
+
+    kind: str
+    calls: int
+    flops: int
+    sizes: tuple[int, ...]
+
+
+def _add(sums: dict[str, Work], kind: str, *work: int) -> None:
+    sums[kind] = Work(*(a + b for a, b in zip(sums.get(kind, (0, 0, 0)), work, strict=True)))
+
+
+def _call(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> _Call:
     packet = operator.overloadpacket
     if operator.is_view or packet in _FREE:
-        return "view", Work(1, 0, 0)
+        return _Call("view", 1, 0, ())
     inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
     outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     if packet in _ROWS:
-        return "elementwise", Work(1, 0, 2 * _bytes(outputs))
+        return _Call("elementwise", 1, 0, 2 * _bytes(outputs))
     moved = _bytes(inputs) + _bytes(outputs if outputs else _written(operator, args, kwargs))
     name = packet.__name__
     if operator.namespace == "bitsandbytes":
-        return "dequantize", Work(1, 0, moved)
+        return _Call("dequantize", 1, 0, moved)
     if name.startswith(("_foreach_", "_fused_")):
-        return "optimizer", Work(_launches(args), 0, moved)
+        return _Call("optimizer", _launches(args), 0, moved)
     if packet in _ON_CPU:
-        work = Work(1, _ON_CPU[packet](*(tensor.shape for tensor in inputs[: 4 if "backward" in name else 3])), moved)
-        return f"attention.{_DTYPES.get(inputs[0].dtype, 'fp32')}", work
+        flops = _ON_CPU[packet](*(tensor.shape for tensor in inputs[: 4 if "backward" in name else 3]))
+        return _Call(f"attention.{_DTYPES.get(inputs[0].dtype, 'fp32')}", 1, flops, moved)
     count: Any = flop_registry.get(packet)
     if count is None:
         plain = name.lstrip("_").removeprefix("safe_").removeprefix("log_")
         kind = "random" if plain.startswith(_RANDOM) else "curved" if plain.startswith(_CURVED) else "elementwise"
-        return kind, Work(1, 0, moved)
+        return _Call(kind, 1, 0, moved)
     dtype = _DTYPES.get(inputs[0].dtype, "fp32")
     kind = "attention" if _ATTENTION in name else "thin" if _is_thin(inputs) else "matmul"
-    return f"{kind}.{dtype}", Work(1, int(count(*args, **kwargs, out_val=result)), moved)
+    return _Call(f"{kind}.{dtype}", 1, int(count(*args, **kwargs, out_val=result)), moved)
 
 
 def _launches(args: tuple[Any, ...]) -> int:
@@ -101,9 +153,9 @@ def _is_thin(inputs: Iterable[Tensor]) -> bool:
     return min(side for tensor in inputs if tensor.dim() > 1 for side in tensor.shape[-2:]) < THIN
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the elements; what is expanded is read once."""
-    return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+def _bytes(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Bytes of the elements of each; what is expanded is read once."""
+    return tuple(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
 
 
 def _written(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -116,11 +116,25 @@ def test_extrapolated_depth_and_microbatch_agree_with_a_full_trace(
             assert sum(extrapolated[phase].values()) == pytest.approx(peak.peak_bytes, rel=0.002)
 
 
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("lora", {"model": {**LLAMA, "vocab_size": 60_000}, "tokens": 128}), ("full", {"model": T5, "task": "seq2seq"})],
+)
+def test_extrapolated_work_is_that_of_the_whole_step(method: str, changes: dict[str, object]) -> None:
+    wanted = configuration(method, "bf16", cuda=True, **changes)
+    traced = probe.record(replace(wanted, microbatch=7), whole=False).tracker.work()
+    for phase, work in extrapolate.surface(wanted).work_at(7).items():
+        for part, tolerance in (("calls", 0.03), ("flops", 0.005), ("bytes", 0.005)):  # calls: chunks are whole
+            sums = [sum(getattr(each, part) for each in found.values()) for found in (work, traced[phase])]
+            assert sums[0] == pytest.approx(sums[1], rel=tolerance), (phase, part)
+
+
 def test_a_surface_survives_its_file() -> None:
     surface = extrapolate.surface(configuration("lora", "nf4", checkpointing=True))
     again = read(json.loads(json.dumps(surface.plain())))
     for microbatch in (1, 7, 300):
         assert sum(again.at(microbatch)[1].values()) == pytest.approx(sum(surface.at(microbatch)[1].values()), rel=1e-4)
+        assert again.work_at(microbatch) == surface.work_at(microbatch)
 
 
 def test_loading_onto_a_cpu_holds_the_unpacked_model_and_onto_a_gpu_one_layer_of_it() -> None:

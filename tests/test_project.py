@@ -17,8 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    {"errors", "files", "hardware", "machine", "precision", "catalog", "chat", "surface", "evidence"},
-    {"backbone", "anatomy", "data", "runtime", "cross_entropy", "divergence", "roofline"},
+    {"errors", "files", "hardware", "machine", "precision", "catalog", "chat", "evidence"},
+    {"backbone", "anatomy", "data", "runtime", "cross_entropy", "divergence", "roofline", "surface"},
     {"methods", "placements", "step"},
     {
         "recipe",
