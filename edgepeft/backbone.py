@@ -13,7 +13,7 @@ from torch import nn
 
 from edgepeft import anatomy, catalog, precision
 from edgepeft.catalog import fields
-from edgepeft.errors import EdgePeftError, UsageError, nearest
+from edgepeft.errors import EdgePeftError, UsageError, beside, nearest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -343,8 +343,11 @@ def _refusing_unloadable(source: Source) -> Iterator[None]:
             f"The weights of {source.name} are damaged.", str(error), "Fetch the model again."
         ) from error
     except (OSError, ValueError) as error:
+        others = [*beside(source.name), *catalog.names()]
+        name, remedy = repr(source.name), f"Check the name, the task and the network. {nearest(source.name, others)}"
+        if source.known is not None:  # the name is right: only the weights are not here
+            name = f"{name} ({source.location} on the hub)"
+            remedy = "Check the task and the network, or give a folder that holds the model."
         raise UsageError(
-            f"The model {source.name!r} could not be loaded.",
-            str(error).strip().splitlines()[0],
-            f"Check the name, the task and the network. {nearest(source.name, catalog.names())}",
+            f"The model {name} could not be loaded.", str(error).strip().splitlines()[0], remedy
         ) from error

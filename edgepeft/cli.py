@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from edgepeft import flags, plancommand
 from edgepeft.errors import EdgePeftError, UsageError
 
 app = typer.Typer(
@@ -21,27 +22,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[str | None, typer.Option("--model", help="A folder, a GGUF file, a catalogue name or a hub id.")]
 DataOption = Annotated[
     str | None, typer.Option("--data", help="A .jsonl, .csv or .parquet file, a folder, or a hub data set.")
 ]
 Out = Annotated[Path, typer.Option("--out", help="The folder of the run.")]
-Gpu = Annotated[str | None, typer.Option("--gpu", "--hardware", help="A profile, a .toml of your own, or auto.")]
-MethodOption = Annotated[str | None, typer.Option("--method", help="A method's name, or a dotted path.")]
-PrecisionOption = Annotated[str | None, typer.Option("--precision", help="fp32, bf16, int8 or nf4.")]
-Task = Annotated[str | None, typer.Option("--task", help="classification, causal-lm or seq2seq.")]
-SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Longest sequence in tokens.")]
-TargetLen = Annotated[int | None, typer.Option("--target-len", help="Longest target in tokens (seq2seq).")]
-GlobalBatch = Annotated[int | None, typer.Option("--global-batch", help="Examples of one update.")]
-RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="A recipe.toml.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe; repeatable.")]
 RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.")]
 
 
 @app.command()
 def profiles(
-    name: Annotated[str | None, typer.Argument(help="One profile, or auto.")] = None, as_json: Json = False
+    name: Annotated[str | None, typer.Argument(help="One profile, or auto.")] = None, as_json: flags.Json = False
 ) -> None:
     """Show the hardware profiles, or every number of one with its source."""
     from edgepeft import hardware, tables
@@ -57,7 +48,9 @@ def profiles(
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="One method.")] = None, as_json: Json = False) -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method.")] = None, as_json: flags.Json = False
+) -> None:
     """List the methods by the survey's taxonomy, or show the hyper-parameters of one."""
     from edgepeft import tables
     from edgepeft.methods import base
@@ -71,78 +64,22 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method.")] = No
         tables.methods(found)
 
 
-@app.command()
-def plan(
-    model: Annotated[str, typer.Option("--model", help="A folder, a GGUF file, a catalogue name or a hub id.")],
-    gpu: Gpu = None,
-    task: Task = None,
-    method: MethodOption = None,
-    precision: PrecisionOption = None,
-    seq_len: SeqLen = None,
-    target_len: TargetLen = None,
-    global_batch: GlobalBatch = None,
-    settings: Set = None,
-    infer: Annotated[bool, typer.Option("--infer", help="Plan running the model, not training it.")] = False,
-    target: Annotated[str | None, typer.Option("--target", help="The device that runs it, with --infer.")] = None,
-    reserve: Annotated[float, typer.Option(min=0, help="GiB of the device to leave to others.")] = 0.0,
-    objective: Annotated[str, typer.Option(help="What decides among what fits: quality or memory.")] = "quality",
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="Write the choice as a recipe for `run`.")] = None,
-    data: Annotated[str, typer.Option("--data", help="The data that the recipe names.")] = "data.jsonl",
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that the model brings along.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Say what fits a device, before a byte of weights is downloaded. Exit code 1 when nothing does."""
-    from edgepeft import hardware, planning, tables
-    from edgepeft import recipe as recipes
-
-    if as_json and markdown:
-        raise UsageError("plan: --json and --markdown exclude each other.", "", "Leave one of them out.")
-    if infer or target:
-        training = {"--gpu": gpu, "--method": method, "--precision": precision, "--global-batch": global_batch}
-        _plan_inference(model, infer, target, task, seq_len, training, trust_remote_code, as_json)
-        return
-    found = planning.plan_model(
-        model,
-        planning.leaving(hardware.load(gpu or hardware.AUTO), round(reserve * 2**30)),
-        task=task,
-        method=method,
-        precision=precision,
-        tokens=seq_len,
-        target_tokens=target_len,
-        global_batch=global_batch,
-        settings=settings or [],
-        trust_remote_code=trust_remote_code,
-        objective=objective,
-        progress=tables.quiet if as_json else tables.progress("tracing"),
-    )
-    if as_json:
-        _print_json(found.as_json())
-    elif markdown:
-        print(tables.markdown(found))
-    else:
-        tables.plan(found)
-    if recipe is not None and found.choice is not None:
-        recipes.write(planning.recipe(found, data, seq_len, target_len, global_batch, settings or []), recipe)
-    if found.choice is None:
-        if as_json:
-            raise typer.Exit(1)
-        raise EdgePeftError(*found.nothing_fits())
+app.command()(plancommand.plan)
 
 
 @app.command()
 def measure(
-    model: Annotated[str, typer.Option("--model", help="A folder, a GGUF file, a catalogue name or a hub id.")],
+    model: flags.Model,
     method: Annotated[str, typer.Option("--method", help="A method's name, or a dotted path.")],
-    task: Task = None,
-    precision: PrecisionOption = None,
+    task: flags.Task = None,
+    precision: flags.Precision = None,
     seq_len: Annotated[int, typer.Option("--seq-len", min=1, help="Tokens of a sequence.")] = 512,
     target_len: Annotated[int, typer.Option("--target-len", min=1, help="Tokens of a target (seq2seq).")] = 128,
     microbatch: Annotated[int, typer.Option(min=1, help="Sequences of a microbatch.")] = 1,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Compute activations again.")] = False,
-    settings: Set = None,
+    settings: flags.Set = None,
     out: Annotated[Path | None, typer.Option("--out", help="A .csv file that the row is added to.")] = None,
-    as_json: Json = False,
+    as_json: flags.Json = False,
 ) -> None:
     """Run two real steps on this machine, and compare what they hold with what was predicted."""
     from edgepeft import backbone, hardware, tables
@@ -177,16 +114,16 @@ def run(
     out: Out,
     model: Model = None,
     data: DataOption = None,
-    recipe: RecipeOption = None,
-    gpu: Gpu = None,
-    task: Task = None,
-    method: MethodOption = None,
-    precision: PrecisionOption = None,
-    seq_len: SeqLen = None,
-    target_len: TargetLen = None,
-    global_batch: GlobalBatch = None,
-    settings: Set = None,
-    as_json: Json = False,
+    recipe: flags.Recipe = None,
+    gpu: flags.Gpu = None,
+    task: flags.Task = None,
+    method: flags.Method = None,
+    precision: flags.Precision = None,
+    seq_len: flags.SeqLen = None,
+    target_len: flags.TargetLen = None,
+    global_batch: flags.GlobalBatch = None,
+    settings: flags.Set = None,
+    as_json: flags.Json = False,
 ) -> None:
     """Plan, train, merge, export, verify and package. The same command goes on where an earlier one stopped."""
     values = _values(recipe, settings, model, data, gpu, task, method, precision, seq_len, target_len, global_batch)
@@ -198,16 +135,16 @@ def train(
     out: Out,
     model: Model = None,
     data: DataOption = None,
-    recipe: RecipeOption = None,
-    gpu: Gpu = None,
-    task: Task = None,
-    method: MethodOption = None,
-    precision: PrecisionOption = None,
-    seq_len: SeqLen = None,
-    target_len: TargetLen = None,
-    global_batch: GlobalBatch = None,
-    settings: Set = None,
-    as_json: Json = False,
+    recipe: flags.Recipe = None,
+    gpu: flags.Gpu = None,
+    task: flags.Task = None,
+    method: flags.Method = None,
+    precision: flags.Precision = None,
+    seq_len: flags.SeqLen = None,
+    target_len: flags.TargetLen = None,
+    global_batch: flags.GlobalBatch = None,
+    settings: flags.Set = None,
+    as_json: flags.Json = False,
 ) -> None:
     """Plan and train only."""
     values = _values(recipe, settings, model, data, gpu, task, method, precision, seq_len, target_len, global_batch)
@@ -215,13 +152,13 @@ def train(
 
 
 @app.command()
-def merge(folder: RunFolder, as_json: Json = False) -> None:
+def merge(folder: RunFolder, as_json: flags.Json = False) -> None:
     """Merge the adapter of a run into its backbone."""
     _run(_stored(folder), folder, "merge", as_json)
 
 
 @app.command()
-def export(folder: RunFolder, settings: Set = None, as_json: Json = False) -> None:
+def export(folder: RunFolder, settings: flags.Set = None, as_json: flags.Json = False) -> None:
     """Export a trained run to ONNX and package it for the device."""
     from edgepeft import recipe as recipes
 
@@ -235,16 +172,16 @@ def export(folder: RunFolder, settings: Set = None, as_json: Json = False) -> No
 def adapter(
     source: Annotated[Path, typer.Argument(help="A run, an adapter of edgepeft's, or one of HF PEFT's.")],
     target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    model: Annotated[str | None, typer.Option("--model", help="The backbone, if it is not where PEFT's says.")] = None,
 ) -> None:
     """Write an adapter in HF PEFT's format, or one of PEFT's in edgepeft's."""
-    from edgepeft import interop
+    from edgepeft import interop, tables
 
     if target.exists():
         raise UsageError(f"{target} is already there.", "Nothing in it was touched.", "Choose another folder.")
-    if (source / interop.CONFIG).exists():
-        interop.read(source, target)
-    else:
-        interop.write(source / "adapter" if (source / "adapter").is_dir() else source, target)
+    for note in interop.convert(source, target, model):
+        tables.say(note)
+    tables.say(f"adapter: {target}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -264,33 +201,10 @@ def main() -> None:
         sys.stdout.flush()
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-
-
-def _plan_inference(
-    model: str,
-    infer: bool,
-    target: str | None,
-    task: str | None,
-    tokens: int | None,
-    training: Mapping[str, Any],
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
-    given = [flag for flag, value in training.items() if value is not None]
-    if not infer or given:
-        cause = f"{', '.join(given)} is about training." if infer else "It names the device that runs a model."
-        raise UsageError("plan: these flags do not go together.", cause, "plan --infer --target DEVICE --model MODEL")
-    from edgepeft import backbone, hardware, inferplan, tables
-
-    device = hardware.load(target or hardware.AUTO)
-    source = backbone.resolve(model)
-    found = inferplan.plan_model(source, device, task=task, tokens=tokens, trust_remote_code=trust_remote_code)
-    if as_json:
-        _print_json(found.as_json())
-    else:
-        tables.inference(found)
-    if not found.fits:
-        raise typer.Exit(1)
+    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        sys.stdout.flush()
+        print(f"{error.filename} cannot be used.\n{error.strerror}.\nChoose another path.", file=sys.stderr)
+        sys.exit(EdgePeftError.exit_code)
 
 
 def _values(

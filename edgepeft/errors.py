@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class EdgePeftError(Exception):
@@ -31,6 +32,12 @@ class UsageError(EdgePeftError):
     """Input that is refused before work starts. Exit code 2."""
 
     exit_code = 2
+
+
+def beside(path: str | Path) -> list[str]:
+    """The paths that share the folder of a path which is not there: what may have been meant."""
+    folder = Path(path).parent
+    return [str(folder / entry.name) for entry in folder.iterdir()] if folder.is_dir() else []
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

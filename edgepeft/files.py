@@ -20,8 +20,9 @@ def refusing_full_disk(path: Path) -> Iterator[None]:
     """Turn the operating system's 'no space left' into an error that says which folder is full."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and f"(os error {errno.ENOSPC})" not in str(error):  # safetensors says it in its message only
             raise
         raise EdgePeftError(
             f"The disk is full: {path} could not be written.",

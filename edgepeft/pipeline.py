@@ -65,8 +65,10 @@ class _Job:
         self.config = backbone.config(self.source, trust_remote_code=wanted.trust_remote_code)
         self.tokenizer = backbone.tokenizer(self.source, trust_remote_code=wanted.trust_remote_code)
         self.recipe = dataclasses.replace(wanted, max_tokens=self._max_tokens(wanted))
-        if self.recipe.method is not None:  # refuse bad options before the data is read
-            base.create(self.recipe.method, self.recipe.options)
+        if self.recipe.method is not None:  # refuse what cannot be trained before the data is read
+            method = base.create(self.recipe.method, self.recipe.options)
+            if self.recipe.microbatch is not None:
+                training.check(self.recipe, method)
         self.data = data.load(
             self.recipe.data,
             tokenizer=self.tokenizer,

@@ -318,10 +318,11 @@ class _Run:
     def _finite(self, value: float, what: str, step: int) -> float:
         """``value``, before anything is written that depends on it."""
         if not math.isfinite(value):
+            lower = min(self.rate / 3, self.method.learning_rate)
             raise EdgePeftError(
                 f"The {what} became {value} at step {step}.",
                 f"The learning rate was at most {self.rate:.2g}; a rate too high for the method is the usual cause.",
-                f"Run with --set lr={self.rate / 3:.1g} into another folder. The last checkpoint is as it was.",
+                f"Run with --set lr={lower:.1g} into another folder. The last checkpoint is as it was.",
             )
         return value
 

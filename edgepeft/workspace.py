@@ -12,6 +12,7 @@ from typing import Any
 from edgepeft import recipe as recipes
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.files import sha256, write_json
+from edgepeft.peft_config import path_of
 from edgepeft.recipe import Recipe
 
 # What may differ from one call to the next without making it another training run.
@@ -78,6 +79,8 @@ class Workspace:
             UsageError: the folder holds another run, or something that is no run.
         """
         if not self.recipe.exists():
+            if self.root.exists() and not self.root.is_dir():
+                raise UsageError(f"{self.root} is a file.", "A run is a folder.", "Choose another --out.")
             if self.root.exists() and any(entry.name not in _BEFORE_THE_PLAN for entry in self.root.iterdir()):
                 raise UsageError(
                     f"The folder {self.root} is not empty and holds no run of edgepeft.",
@@ -139,4 +142,6 @@ def training_inputs(recipe: Recipe) -> str:
         entry.name: getattr(recipe, entry.name) for entry in dataclasses.fields(Recipe) if entry.name not in _FREE
     }
     sources = [Path(name) for name in (recipe.data, recipe.validation, recipe.model) if name and Path(name).exists()]
+    if (configuration := path_of(recipe.method)) is not None:
+        sources.append(configuration)
     return fingerprint(fields, *sources)

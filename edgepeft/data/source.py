@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 
 from edgepeft.data.read import SUFFIXES, Row, rows
-from edgepeft.errors import UsageError
+from edgepeft.errors import UsageError, beside
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,13 @@ def _splits(source: str) -> dict[str, Source]:
             )
         return {"train": _files(str(path), [path])}
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", source) or path.suffix.lower() in SUFFIXES:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, siblings, n=3)
-        remedy = f"Did you mean {', '.join(close)}?" if close else "Check the path."
-        raise UsageError(f"There is no file or folder {source}.", "", remedy)
+        raise UsageError(f"There is no file or folder {source}.", "", _meant(source) or "Check the path.")
     return _hub(source)
+
+
+def _meant(source: str) -> str:
+    close = difflib.get_close_matches(source, beside(source), n=3)
+    return f"Did you mean {', '.join(close)}?" if close else ""
 
 
 def _files(name: str, paths: list[Path]) -> Source:
@@ -112,7 +114,7 @@ def _hub(source: str) -> dict[str, Source]:
         raise UsageError(
             f"The data set {source} could not be loaded.",
             f"There is no file or folder of that name here, and the hub says: {error}",
-            "Check the name and the network, or give a local file (.jsonl, .csv, .parquet).",
+            _meant(source) or "Check the name and the network, or give a local file (.jsonl, .csv, .parquet).",
         ) from error
     if "train" not in loaded:
         raise UsageError(
