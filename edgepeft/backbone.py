@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 TASKS = ("classification", "causal-lm", "seq2seq")
+_OPTIMUM_TASKS = dict(zip(("text-classification", "text-generation", "text2text-generation"), TASKS, strict=True))
 _LOADERS = {
     "classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
@@ -122,6 +123,19 @@ def tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedT
             "Convert it to a tokenizer.json first.",
         )
     return loaded
+
+
+def usual_task(configuration: PretrainedConfig) -> str:
+    """What a checkpoint was saved for, going by the class it names; ``default_task`` if that is none of our tasks."""
+    for name in configuration.architectures or ():
+        import transformers
+        from optimum.exporters.tasks import TasksManager  # slow to import; models of the catalogue name no class
+
+        with contextlib.suppress(ValueError):  # a class that serves no single task
+            task = TasksManager.infer_task_from_model(getattr(transformers, name, object))
+            if task in _OPTIMUM_TASKS:
+                return _OPTIMUM_TASKS[task]
+    return default_task(configuration)
 
 
 def default_task(configuration: PretrainedConfig) -> str:

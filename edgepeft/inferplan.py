@@ -104,7 +104,7 @@ def plan_model(
     return plan(
         name=source.name,
         config=config,
-        task=task or backbone.default_task(config),
+        task=task or backbone.usual_task(config),
         hardware=hardware,
         tokens=tokens or min(DEFAULT_TOKENS, most or DEFAULT_TOKENS),
     )

@@ -101,7 +101,7 @@ def measure_model(
     config = backbone.config(source)
     configuration = Configuration(
         model=probe.as_fields(config),
-        task=task or backbone.default_task(config),
+        task=task or backbone.usual_task(config),
         method=method,
         options=options,
         precision=at,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgepeft import catalog, traces
+from edgepeft import catalog, hardware, traces
 from edgepeft import recipe as recipes
 from edgepeft.catalog.fields import positions
 from edgepeft.errors import UsageError, nearest
@@ -16,14 +17,15 @@ from edgepeft.plan import PRECISIONS, Plan, plan, usable_microbatch
 from edgepeft.recipe import Recipe
 
 DEFAULT_TOKENS, DEFAULT_TARGET_TOKENS, DEFAULT_GLOBAL_BATCH = traces.TOKENS, traces.TARGET_TOKENS, 16
+DEFAULT_EPOCHS = 1.0
 TASKS = ("classification", "causal-lm", "seq2seq")
-OBJECTIVES = ("quality", "memory")
+OBJECTIVES = ("quality", "memory", "speed")
 ALL = "all"
 
 
 def plan_model(
     model: str,
-    hardware: Hardware,
+    device: Hardware,
     *,
     task: str | None,
     method: str | None,
@@ -34,6 +36,8 @@ def plan_model(
     settings: Sequence[str],
     trust_remote_code: bool,
     objective: str = OBJECTIVES[0],
+    examples: int | None = None,
+    epochs: float | None = None,
     progress: Callable[[int, int], None],
 ) -> Plan:
     """Plan the training of a model whose weights need not be here.
@@ -45,6 +49,7 @@ def plan_model(
         model: a folder, a GGUF file, a catalogue name or a hub id.
         method: a name, an alias, a dotted path, or ``all``; those of ``plan.PREFERRED`` when not given.
         settings: ``options.NAME=VALUE`` of the method.
+        examples: of the training data; how long the job takes is estimated when it is given.
 
     Raises:
         UsageError: an unknown name, or a sequence longer than the model can read.
@@ -52,8 +57,9 @@ def plan_model(
     for value, known in ((precision, PRECISIONS), (task, TASKS), (objective, OBJECTIVES)):
         if value is not None and value not in known:
             raise UsageError(f"plan: {value!r} is not known here.", "", nearest(value, known))
-    for flag, count in (("seq-len", tokens), ("target-len", target_tokens), ("global-batch", global_batch)):
-        if count is not None and count < 1:
+    counts = {"seq-len": tokens, "target-len": target_tokens, "global-batch": global_batch, "examples": examples}
+    for flag, count in {**counts, "epochs": epochs}.items():
+        if count is not None and not 0 < count < math.inf:
             raise UsageError(f"plan: --{flag} {count} must be positive.", "", "")
     values = _options(settings, method)
     methods, implied = _methods(method, values.get("options", {}))
@@ -72,7 +78,7 @@ def plan_model(
         name=model,
         model=fields,
         task=task or usual,
-        hardware=hardware,
+        hardware=device,
         tokens=tokens or min(DEFAULT_TOKENS, most or DEFAULT_TOKENS),
         target_tokens=target_tokens or DEFAULT_TARGET_TOKENS,
         global_batch=global_batch or DEFAULT_GLOBAL_BATCH,
@@ -80,20 +86,27 @@ def plan_model(
         options=values.get("options"),
         precisions=[at] if at else None,
         objective=objective,
+        examples=examples,
+        epochs=epochs or DEFAULT_EPOCHS,
         progress=progress,
     )
 
 
-def leaving(hardware: Hardware, reserve_bytes: int) -> Hardware:
+def machines() -> list[Hardware]:
+    """All devices that profiles are shipped for, those with the least memory first."""
+    return sorted(map(hardware.load, hardware.names()), key=lambda each: each.available_bytes)
+
+
+def leaving(device: Hardware, reserve_bytes: int) -> Hardware:
     """The hardware with some of its memory left to others.
 
     Raises:
         UsageError: it does not have that much.
     """
-    if reserve_bytes >= hardware.available_bytes:
-        free = hardware.available_bytes / 2**30
-        raise UsageError(f"{hardware.name} has {free:.1f} GiB free for a job.", "", "Give --reserve less than that.")
-    return replace(hardware, reserved_bytes=hardware.reserved_bytes + reserve_bytes)
+    if reserve_bytes >= device.available_bytes:
+        free = device.available_bytes / 2**30
+        raise UsageError(f"{device.name} has {free:.1f} GiB free for a job.", "", "Give --reserve less than that.")
+    return replace(device, reserved_bytes=device.reserved_bytes + reserve_bytes)
 
 
 def recipe(
@@ -103,6 +116,7 @@ def recipe(
     target_tokens: int | None,
     global_batch: int | None,
     settings: Sequence[str],
+    epochs: float | None = None,
 ) -> Recipe:
     """The plan's choice as a recipe that ``edgepeft run --recipe`` takes.
 
@@ -124,6 +138,7 @@ def recipe(
         "max_tokens": tokens,
         "max_target_tokens": target_tokens,
         "task": found.task,
+        "epochs": epochs,
     }
     for setting in settings:
         recipes.assign(values, setting)
@@ -165,4 +180,4 @@ def _model(name: str, trust_remote_code: bool) -> tuple[dict[str, Any], str]:
     from edgepeft import backbone, probe
 
     config = backbone.config(backbone.resolve(name), trust_remote_code=trust_remote_code)
-    return probe.as_fields(config), backbone.default_task(config)
+    return probe.as_fields(config), backbone.usual_task(config)

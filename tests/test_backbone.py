@@ -62,6 +62,21 @@ def test_default_task(family: str) -> None:
     assert backbone.default_task(tiny.configuration(family)) == tiny.task(family)
 
 
+@pytest.mark.parametrize(
+    ("family", "saved_as", "task"),
+    [
+        ("llama", "LlamaForSequenceClassification", "classification"),
+        ("t5", "T5ForConditionalGeneration", "seq2seq"),
+        ("bert", "BertModel", "classification"),
+        ("gpt2", "OfNoLibrary", "causal-lm"),
+    ],
+)
+def test_a_checkpoint_is_usually_for_what_it_was_saved_for(family: str, saved_as: str, task: str) -> None:
+    configuration = tiny.configuration(family)
+    configuration.architectures = [saved_as]
+    assert backbone.usual_task(configuration) == task
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_positions_are_as_many_as_the_model_can_read(family: str) -> None:
     assert backbone.positions(tiny.configuration(family)) == (None if tiny.task(family) == "seq2seq" else 64)
