@@ -1,0 +1,42 @@
+"""Adapters in HF PEFT's folder format (adapter_config.json, adapter_model.safetensors), out and in, without PEFT.
+
+PEFT names modules, edgepeft the roles of ``anatomy``; the model's structure, built without weights, translates between
+them, and every adapter is held against it before it is written.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgepeft import adapter
+from edgepeft.errors import UsageError
+from edgepeft.interop.folder import CONFIG
+from edgepeft.interop.reading import read
+from edgepeft.interop.writing import write
+
+
+def convert(source: Path, target: Path, model: str | None = None) -> tuple[str, ...]:
+    """Write the adapter in ``source``, PEFT's or edgepeft's or that of a run, as one of the other's.
+
+    Args:
+        model: the backbone of an adapter of PEFT's, where it is not where the adapter says.
+
+    Returns:
+        What a user of the new folder should know.
+
+    Raises:
+        UsageError: it is neither, or cannot be expressed.
+        EdgePeftError: it is damaged.
+    """
+    if (source / CONFIG).exists():
+        return read(source, target, model)
+    folder = source / "adapter" if (source / "adapter").is_dir() else source
+    if not (folder / adapter.CARD).exists():
+        raise UsageError(
+            f"There is no adapter in {source}.",
+            f"It holds neither {adapter.CARD} (edgepeft's) nor {CONFIG} (PEFT's).",
+            "Give the folder of a run that was trained, of its adapter, or one that PEFT's save_pretrained wrote.",
+        )
+    if model is not None:
+        raise UsageError("--model goes with an adapter of PEFT's.", f"The card in {folder} names its own.", "")
+    return write(folder, target)
