@@ -2,6 +2,10 @@
 
 The algorithm and its sizes are those of c10/cuda/CUDACachingAllocator.cpp at its default settings (one stream, no
 expandable segments, no limit on splitting). Kernels, the CUDA context and libraries take memory beside it.
+
+Of free blocks of one size the one at the lowest address is taken, so it matters where the driver puts segments: each
+below the one before. That is nowhere documented; with rising addresses the replay of public T4 runs reserves up to
+10 % less than they did, with falling ones it is within 1 % (``benchmarks/results/plan.md``).
 """
 
 from __future__ import annotations
@@ -51,7 +55,7 @@ class CachingAllocator:
         self.capacity_bytes = capacity_bytes
         self.reserved_bytes = self.peak_reserved_bytes = 0
         self.allocated_bytes = self.peak_allocated_bytes = 0
-        self._address = 0
+        self._address = 1 << 62  # where the last segment is
         self._live: dict[int, _Block] = {}
         # free blocks of either pool, ordered by size and then address
         self._pools: dict[bool, list[tuple[int, int, _Block]]] = {True: [], False: []}
@@ -130,9 +134,8 @@ class CachingAllocator:
                 raise OutOfMemory(size)
         self.reserved_bytes += segment
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
-        block = _Block(self._address, segment, size <= SMALL)
-        self._address += segment + BLOCK  # segments are not neighbours
-        return block
+        self._address -= segment + BLOCK  # segments are not neighbours
+        return _Block(self._address, segment, size <= SMALL)
 
     def _split(self, block: _Block, size: int) -> None:
         rest = _Block(block.address + size, block.size - size, block.small)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -69,11 +70,13 @@ class Tracker(TorchDispatchMode):
             return args[0].fake_device
         if self.cuda is not None and func in cuda_semantics.PRODUCTS:
             self._blas_workspace(self.cuda)
+        if func is torch.ops.aten.add.Tensor and _accumulates_in_place(args):
+            func = torch.ops.aten.add_.Tensor
         result = func(*args, **(kwargs or {}))
         if self._phase is not None:
             self._phase.tally.add(func, args, kwargs or {}, result)
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:  # a sparse one is made of others
                 self._follow(leaf)
         for hidden in cuda_semantics.workspace_bytes(func, args, cuda=self.cuda is not None):
             self._record(uid := self._born(hidden))
@@ -211,6 +214,29 @@ class Tracker(TorchDispatchMode):
     def _record(self, event: int) -> None:
         if self._phase is not None:
             self._phase.events.append(event)
+
+
+def _accumulates_in_place(args: tuple[Any, ...]) -> bool:
+    """Whether autograd's engine adds a gradient to one that nothing else holds: then it does so in place.
+
+    Any dispatch mode makes the engine take a new tensor instead (can_accumulate_inplace in
+    torch/csrc/autograd/input_buffer.cpp, isTensorSubclassLike in ATen/TensorSubclassLikeUtils.h).
+    """
+    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
+        return False
+    caller: Any = sys._getframe(2)
+    while caller.f_code.co_name == "_fn":  # what torch wraps dispatch modes in
+        caller = caller.f_back
+    if caller.f_code.co_name != "_engine_run_backward":  # but in the backward of a function written in Python
+        return False
+    held: Any = args[0]
+    storage = held.untyped_storage()
+    alone = held._use_count() == _USES and torch._C._storage_Use_Count(storage._cdata) == _STORAGE_USES
+    return alone and isinstance(args[1], Tensor) and held.shape == args[1].shape and held.dtype is args[1].dtype
+
+
+# Of a tensor that only the engine holds, seen from a dispatch mode: beside the engine's own, those of this very call.
+_USES, _STORAGE_USES = 4, 2
 
 
 @contextlib.contextmanager

@@ -48,6 +48,14 @@ def test_the_smallest_block_that_fits_is_taken() -> None:
     assert allocator.reserved_bytes == 60 * MiB
 
 
+def test_of_two_free_blocks_of_a_size_the_one_in_the_later_segment_is_taken() -> None:
+    allocator = CachingAllocator()
+    allocator.run([(1, 40 * MiB), (2, 60 * MiB), (-2, 0), (3, 20 * MiB), (-1, 0), (4, 40 * MiB)])
+    assert allocator.reserved_bytes == 100 * MiB
+    allocator.run([(0, 0)])
+    assert allocator.reserved_bytes == 60 * MiB, "the first segment is free"
+
+
 def test_a_large_block_that_was_split_is_whole_again_when_its_parts_are_free() -> None:
     allocator = CachingAllocator()
     allocator.run([(1, 60 * MiB), (-1, 0), (2, 20 * MiB), (3, 20 * MiB), (-2, 0), (-3, 0), (4, 60 * MiB)])

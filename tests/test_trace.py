@@ -149,6 +149,18 @@ def test_kinds_of_a_training_step() -> None:
     assert update["activations"] == 0 and update["temporaries"] == 0
 
 
+def test_gradients_of_several_uses_are_added_in_place_as_autograd_does_without_a_tracker() -> None:
+    def births(uses: int) -> int:
+        x = torch.zeros(KB, requires_grad=True)
+        loss = torch.stack([(x * number).sum() for number in range(uses)]).sum()
+        tracker = Tracker(cuda=False)
+        with tracker.phase("backward"):
+            loss.backward()
+        return sum(event > 0 and tracker.storage(event)[0] == 4 * KB for event in tracker.phases["backward"].events)
+
+    assert births(3) == 3, "a product each, and no sums"
+
+
 def test_backward_is_left_as_it_was() -> None:
     backward = Tensor.backward
     with contextlib.suppress(ZeroDivisionError), Tracker(cuda=False).phase("fails"):
