@@ -225,7 +225,7 @@ def _accumulates_in_place(args: tuple[Any, ...]) -> bool:
     if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
         return False
     caller: Any = sys._getframe(2)
-    while caller.f_code.co_name == "_fn":  # what torch wraps dispatch modes in
+    while caller.f_code.co_name in ("_fn", "inner"):  # what torch wraps dispatch modes in
         caller = caller.f_back
     if caller.f_code.co_name != "_engine_run_backward":  # but in the backward of a function written in Python
         return False
