@@ -207,27 +207,28 @@ METHODS = ("houlsby", "pfeiffer", "parallel", "adamix", "sparse_adapter", "phm_a
 def test_a_reduction_that_does_not_divide_the_width_is_refused(name: str) -> None:
     made = tiny.load("bert")
     before = {n: type(module) for n, module in made.model.named_modules()}
-    with pytest.raises(UsageError, match=f"{name}: a reduction of 5 does not fit this model") as caught:
+    with pytest.raises(UsageError, match=f"{name} cannot work with reduction = 5 on this model") as caught:
         base.apply(tiny.method(name, reduction=5), made)
-    assert "hidden size, 32" in caught.value.cause and "1, 2, 4, 8, 16, 32" in caught.value.remedy
+    assert "hidden size, 32: be one of 1, 2, 4, 8, 16, 32." in caught.value.cause
+    assert caught.value.remedy == "Use --set options.reduction=4."
     assert {n: type(module) for n, module in made.model.named_modules()} == before
 
 
 @pytest.mark.parametrize(
     ("name", "options", "part"),
     [
-        *((name, {"reduction": 0}, "reduction = 0 must be at least 1") for name in METHODS),
-        ("parallel", {"scale": 0.0}, "scale = 0.0 must be above 0"),
-        ("adamix", {"experts": 1}, "experts = 1 must be at least 2"),
-        ("adamix", {"consistency": -1.0}, "consistency = -1.0 must be at least 0"),
-        ("sparse_adapter", {"sparsity": 1.0}, "sparsity = 1.0 must be a share below 1"),
+        *((name, {"reduction": 0}, "with reduction = 0.\nIt must be at least 1") for name in METHODS),
+        ("parallel", {"scale": 0.0}, "with scale = 0.0.\nIt must be above 0"),
+        ("adamix", {"experts": 1}, "with experts = 1.\nIt must be at least 2"),
+        ("adamix", {"consistency": -1.0}, "with consistency = -1.0.\nIt must be at least 0"),
+        ("sparse_adapter", {"sparsity": 1.0}, "with sparsity = 1.0.\nIt must be a share below 1"),
         ("sparse_adapter", {"score": "snap"}, "there is no score 'snap'"),
-        ("phm_adapter", {"n": 0}, "n = 0 must be at least 1"),
-        ("compacter", {"rank": 0}, "rank = 0 must be at least 1"),
-        ("compacter_pp", {"rank": 0}, "rank = 0 must be at least 1"),
-        ("lets", {"kept": 0.0}, "kept = 0.0 must be a share above 0"),
-        ("lets", {"early": 1.0}, "early = 1.0 must be a share between 0 and 1"),
-        ("attention_fusion", {"last": 1.0}, "last = 1.0 must be a share between 0 and 1"),
+        ("phm_adapter", {"n": 0}, "with n = 0.\nIt must be at least 1"),
+        ("compacter", {"rank": 0}, "with rank = 0.\nIt must be at least 1"),
+        ("compacter_pp", {"rank": 0}, "with rank = 0.\nIt must be at least 1"),
+        ("lets", {"kept": 0.0}, "with kept = 0.0.\nIt must be a share above 0"),
+        ("lets", {"early": 1.0}, "with early = 1.0.\nIt must be a share between 0 and 1"),
+        ("attention_fusion", {"last": 1.0}, "with last = 1.0.\nIt must be a share between 0 and 1"),
     ],
 )
 def test_options_are_checked(name: str, options: dict[str, Any], part: str) -> None:

@@ -87,8 +87,10 @@ def test_a_phm_adapter_has_rules_of_its_own() -> None:
 @pytest.mark.parametrize("name", ["phm_adapter", *SHARED])
 @pytest.mark.parametrize("options", [{"reduction": 8, "n": 3}, {"reduction": 32, "n": 2}])
 def test_n_must_divide_both_widths(name: str, options: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=f"{name}: n = {options['n']} does not fit this model") as caught:
+    with pytest.raises(UsageError, match=f"{name} cannot work with n = {options['n']} on this model") as caught:
         base.apply(base.create(name, options), tiny.load("bert"))
     size = 32 // options["reduction"]
     assert f"hidden size, 32, and the bottleneck, {size}" in caught.value.cause
-    assert caught.value.remedy == f"Possible: {', '.join(str(d) for d in (1, 2, 4) if size % d == 0)}."
+    fitting = [d for d in (1, 2, 4) if size % d == 0]
+    assert caught.value.cause.endswith(f"be one of {', '.join(map(str, fitting))}.")
+    assert caught.value.remedy.startswith(f"Use --set options.n={max(d for d in fitting if d <= options['n'])},")

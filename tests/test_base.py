@@ -62,24 +62,56 @@ def test_unknown_method() -> None:
     ("name", "options", "part"),
     [
         ("lora", {"ranks": 4}, "Did you mean rank"),
-        ("lora", {"rank": 4.0}, "rank = 4.0 is not of type int"),
-        ("lora", {"rank": True}, "rank = True is not of type int"),
-        ("lora", {"alpha": True}, "alpha = True is not of type float"),
-        ("lora", {"targets": "query"}, "targets = 'query' is not of type tuple"),
-        ("lora", {"targets": [1]}, "targets = (1,) is not of type tuple"),
-        ("lora", {"rank": 0}, "rank = 0 must be at least 1"),
-        ("lora", {"dropout": 1.0}, "dropout = 1.0 must be a probability below 1"),
-        ("galore", {"rank": 0}, "rank = 0 must be at least 1"),
-        ("galore", {"period": 0}, "period = 0 must be at least 1"),
-        ("lst", {"layers": 0.0}, "layers = 0.0 must be a share"),
-        ("lst", {"layers": 1.5}, "layers = 1.5 must be a share"),
+        ("lora", {"rank": 4.0}, "with rank = 4.0.\nIt must be a whole number"),
+        ("lora", {"rank": True}, "with rank = True.\nIt must be a whole number"),
+        ("lora", {"alpha": True}, "with alpha = True.\nIt must be a number"),
+        ("lora", {"targets": "query"}, "with targets = 'query'.\nIt must be a list of texts"),
+        ("lora", {"targets": [1]}, "with targets = (1,).\nIt must be a list of texts"),
+        ("lora", {"rank": 0}, "with rank = 0.\nIt must be at least 1"),
+        ("lora", {"dropout": 1.0}, "with dropout = 1.0.\nIt must be a probability below 1"),
+        ("galore", {"rank": 0}, "with rank = 0.\nIt must be at least 1"),
+        ("galore", {"period": 0}, "with period = 0.\nIt must be at least 1"),
+        ("lst", {"layers": 0.0}, "with layers = 0.0.\nIt must be a share"),
+        ("lst", {"layers": 1.5}, "with layers = 1.5.\nIt must be a share"),
         ("full", {"rank": 4}, "It has none."),
+        ("lora", {"alpha": float("nan")}, "with alpha = nan.\nIt must be a number"),
+        ("lora", {"alpha": float("inf")}, "with alpha = inf.\nIt must be a number"),
+        ("lora", {"alpha": 10**400}, "It must be a number"),
+        ("lora", {"dropout": -0.1}, "It must be a probability below 1"),
+        ("intrinsic_said", {"scales": 1}, "with scales = 1.\nIt must be true or false"),
+        *((name, {"alpha": -1.0}, "with alpha = -1.0.\nIt must be above 0") for name in ("lora", "dora", "adalora")),
+        *((name, {"scale": 0.0}, "It must be above 0") for name in ("krona", "krona_res", "galore", "mam")),
+        *((name, {"density": 1.5}, "It must be a share") for name in ("fish_mask", "lt_sft", "diff_pruning")),
     ],
 )
 def test_options_are_checked(name: str, options: dict[str, object], part: str) -> None:
     with pytest.raises(UsageError) as caught:
         base.create(name, options)
-    assert part in str(caught.value)
+    assert part in str(caught.value) and f"edgepeft methods {name}" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "next_step"),
+    [
+        *((name, {"rank": 33}, "options.rank=4") for name in ("lora", "dora", "adalora", "glora", "unipelt", "s4")),
+        ("galore", {"rank": 32}, "options.rank=8"),
+        ("compacter", {"rank": 3}, "options.rank=2"),
+        ("lora", {"targets": []}, "It has ffn_in, ffn_out, key"),
+        ("lora", {"targets": ["cross_key"]}, "It has ffn_in, ffn_out, key"),
+        ("lora", {"targets": ["q_proj"]}, "Known: cross_key"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_with_what_does(
+    name: str, options: dict[str, object], next_step: str
+) -> None:
+    made = tiny.load("llama")  # of width 32, whose keys and values are of width 16
+    with pytest.raises(UsageError) as caught:
+        base.apply(tiny.method(name, **options), made)
+    assert caught.value.fact.startswith(name) and caught.value.cause and next_step in caught.value.remedy
+
+
+def test_a_rank_that_only_some_layers_can_have_is_one() -> None:
+    base.apply(tiny.method("lora", rank=32), tiny.load("llama"))
 
 
 def test_whole_numbers_are_floats_too_and_lists_are_tuples() -> None:

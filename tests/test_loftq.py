@@ -22,7 +22,7 @@ PACKED = ("nf4", "int8")
 
 
 def load(family: str, at: str, **options: object) -> tuple[backbone.Backbone, Method]:
-    method = tiny.method("lora", rank=8, loftq=3, **options)
+    method = tiny.method("lora", **{"rank": 8, "loftq": 3, **options})
     labels = ["a", "b", "c"] if tiny.task(family) == "classification" else None
     source = backbone.resolve(str(tiny.folder(family)))
     return backbone.load(source, task=tiny.task(family), at=at, labels=labels, pack=method.pack), method
@@ -121,6 +121,14 @@ def test_it_can_be_planned(at: str) -> None:
             return {name: (value.shape, value.dtype) for name, value in made.model.state_dict().items()}
 
     assert tensors(method.pack) == tensors(None)
+
+
+def test_a_layer_may_be_too_small_for_the_rank() -> None:
+    """The repair of keys and values, of width 16, takes what of the rank it can."""
+    made, method = load("llama", "nf4", rank=24)
+    base.apply(method, made)
+    low = made.model.get_submodule(made.anatomy.blocks[0].linears["key"][0]).get_submodule("delta")
+    assert isinstance(low, LowRank) and low.b[:, :16].any() and not low.b[:, 16:].any()
 
 
 def test_unpacked_weights_have_lost_nothing() -> None:

@@ -197,7 +197,7 @@ def test_tokens_that_leave_no_position_are_refused(name: str) -> None:
         tiny.adapted("llama", name, length=64)
     assert "64 positions" in caught.value.cause and "length=" in caught.value.remedy
     tiny.adapted("t5", name, length=64)  # positions without end
-    with pytest.raises(UsageError, match="length = 0 must be at least 1"):
+    with pytest.raises(UsageError, match="with length = 0"):
         base.create(name, {"length": 0})
 
 

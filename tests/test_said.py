@@ -19,6 +19,12 @@ from edgepeft.trace import Tracker
 CPU = torch.device("cpu")
 
 
+def random(fastfood: Fastfood) -> tuple[Tensor, Tensor, Tensor]:
+    """Signs, normal numbers and the permutation."""
+    blocks = -(-fastfood.many // fastfood.size)
+    return *fastfood._random(0, blocks, CPU), fastfood._order(CPU)
+
+
 def sylvester(size: int) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
@@ -36,7 +42,7 @@ def test_the_fast_transform_is_the_hadamard_matrix(size: int) -> None:
 def test_it_is_the_product_of_the_paper(few: int, many: int) -> None:
     """Each block is H diag(g) Π H diag(b), scaled; what is missing to a whole block is padding."""
     fastfood = Fastfood(few, many, seed=3)
-    signs, normal, order = fastfood._random(CPU)
+    signs, normal, order = random(fastfood)
     h, size = sylvester(fastfood.size), fastfood.size
     permutation = torch.eye(size, dtype=torch.float64)[order]
     blocks = [h @ g.double().diag() @ permutation @ h @ b.double().diag() for b, g in zip(signs, normal, strict=True)]
@@ -47,7 +53,7 @@ def test_it_is_the_product_of_the_paper(few: int, many: int) -> None:
 
 
 def test_its_random_numbers_are_random() -> None:
-    signs, normal, order = Fastfood(1024, 2**20, seed=1)._random(CPU)
+    signs, normal, order = random(Fastfood(1024, 2**20, seed=1))
     count = math.sqrt(normal.numel())
     assert abs(signs.mean()) < 4 / count and abs((signs * normal).mean()) < 4 / count
     assert abs(normal.mean()) < 4 / count and abs(normal.var() - 1) < 4 * math.sqrt(2) / count
@@ -56,7 +62,7 @@ def test_its_random_numbers_are_random() -> None:
         abs((normal[1:] * normal[:-1]).mean()) < 4 / count and abs((normal[:, 1:] * normal[:, :-1]).mean()) < 4 / count
     )
     assert torch.equal(order.sort().values, torch.arange(1024)) and not torch.equal(order, torch.arange(1024))
-    other = Fastfood(1024, 2**20, seed=2)._random(CPU)[1]
+    other = random(Fastfood(1024, 2**20, seed=2))[1]
     assert abs((normal * other).mean()) < 4 / count
 
 

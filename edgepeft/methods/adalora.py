@@ -101,12 +101,15 @@ class AdaLoRA(Method):
     def __post_init__(self) -> None:
         self.require(self.rank >= 1, "rank", "at least 1")
         self.require(1 <= self.budget <= self.rank, "budget", f"from 1 to the rank, {self.rank}")
+        self.require(self.alpha > 0, "alpha", "above 0")
         self.require(0 <= self.warmup < 1, "warmup", "a share below 1")
         self.require(0 <= self.settled < 1 - self.warmup, "settled", f"a share below {1 - self.warmup:g}")
         self.require(self.orthogonality >= 0, "orthogonality", "0 or more")
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
-        for name in targets.linears(self.name, anatomy, self.targets):
+        names = targets.linears(self.name, anatomy, self.targets)
+        targets.check_rank(self.name, self.rank, model, names)
+        for name in names:
             linear: Any = model.get_submodule(name)
             delta.attach(linear, Triplets(linear, self.rank, self.alpha / self.rank))
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from edgepeft import step
 from edgepeft.anatomy import Anatomy
 from edgepeft.divergence import divergence, linear_divergence
-from edgepeft.methods.base import Method, NotMergeable, Paper
+from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import bottleneck, projection
 
 
@@ -48,6 +48,7 @@ class AdaMix(Method):
     paper = Paper("AdaMix: Mixture-of-Adaptations for Parameter-efficient Model Tuning", 2022, "2205.12410")
     kind = "additive"
     merges = False
+    obstacle = bottleneck.OBSTACLE
     identity_at_start = False
     overhead = "a bottleneck in a layer"
     saves = ("disk",)  # two passes are in memory at once
@@ -83,9 +84,3 @@ class AdaMix(Method):
             head, softcap = whole.get_output_embeddings(), getattr(whole.config, "final_logit_softcapping", None)
             apart = linear_divergence(outputs, again, head.weight, head.bias, softcap)
         return self.consistency * apart / len(outputs)
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", bottleneck.CAUSE, bottleneck.REMEDY)
-
-    def condense(self, model: nn.Module) -> None:
-        projection.condense(model)

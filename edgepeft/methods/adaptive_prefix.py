@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, NotMergeable, Paper, Stage
+from edgepeft.methods.base import Method, Paper, Stage
 from edgepeft.placements import attention, prefix
 from edgepeft.placements.gate import Gate
 
@@ -29,6 +29,7 @@ class AdaptivePrefix(Method):
     )
     kind = "additive"
     merges = False
+    obstacle = prefix.OBSTACLE
     identity_at_start = False
     overhead = "a gated prefix before each attention's tokens"
     narrow = {"length": 5, "bottleneck": 16}
@@ -57,6 +58,3 @@ class AdaptivePrefix(Method):
 
     def positions(self, configuration: PretrainedConfig) -> int:
         return prefix.positions(self.length, configuration)
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", prefix.CAUSE, prefix.REMEDY)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from edgepeft.anatomy import Anatomy
 from edgepeft.errors import UsageError
-from edgepeft.methods.base import Method, NotMergeable, Paper
+from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import late
 
 
@@ -58,6 +58,7 @@ class AttentionFusion(Method):
     )
     kind = "additive"
     merges = False
+    obstacle = "How much of each layer is taken depends on the token."
     backpropagates = False
     identity_at_start = False
     overhead = "attention over the layers, once"
@@ -83,10 +84,3 @@ class AttentionFusion(Method):
         width: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
         fusion = Fusion(width, len(paths), self.last, reference.device)
         late.attach(model, anatomy.stacks[stack], fusion, paths, "output")
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(
-            "attention_fusion cannot be merged into the backbone.",
-            "How much of each layer is taken depends on the token.",
-            "It is exported to ONNX together with the backbone.",
-        )

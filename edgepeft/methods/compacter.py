@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, NotMergeable, Paper
-from edgepeft.placements import bottleneck, hypercomplex, projection
+from edgepeft.methods.base import Method, Paper
+from edgepeft.placements import bottleneck, hypercomplex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,7 @@ class Compacter(Method):
     paper = Paper("Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", 2021, "2106.04647")
     kind = "additive"
     merges = False
+    obstacle = bottleneck.OBSTACLE
     overhead = "two bottlenecks in a layer"
     narrow = {"reduction": 8, "n": 2}
     learning_rate = 3e-3
@@ -36,9 +37,3 @@ class Compacter(Method):
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
         parts = anatomy.sub_layers(("attention", "feed_forward"))
         hypercomplex.share(model, parts, self.name, self.reduction, self.n, self.rank)
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", bottleneck.CAUSE, bottleneck.REMEDY)
-
-    def condense(self, model: nn.Module) -> None:
-        projection.condense(model)

@@ -67,10 +67,13 @@ class DoRA(Method):
 
     def __post_init__(self) -> None:
         self.require(self.rank >= 1, "rank", "at least 1")
+        self.require(self.alpha > 0, "alpha", "above 0")
         self.require(0 <= self.dropout < 1, "dropout", "a probability below 1")
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
-        for name in targets.linears(self.name, anatomy, self.targets):
+        names = targets.linears(self.name, anatomy, self.targets)
+        targets.check_rank(self.name, self.rank, model, names)
+        for name in names:
             linear: Any = model.get_submodule(name)
             low = LowRank(linear, self.rank, self.alpha / self.rank, self.dropout)
             delta.attach(linear, Decomposed(linear, low))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edgepeft.anatomy import ROLES, Anatomy
+from edgepeft.errors import UsageError
 from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import rounding
 
@@ -36,11 +37,20 @@ class GaLore(Method):
     def __post_init__(self) -> None:
         self.require(self.rank >= 1, "rank", "at least 1")
         self.require(self.period >= 1, "period", "at least 1")
+        self.require(self.scale > 0, "scale", "above 0")
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
         model.requires_grad_(True)
-        for name in anatomy.linears(ROLES):
-            model.get_parameter(f"{name}.weight").galore = True  # type: ignore[attr-defined]
+        weights: list[Any] = [model.get_parameter(f"{name}.weight") for name in anatomy.linears(ROLES)]
+        largest = max(min(weight.shape) for weight in weights)
+        if self.rank >= largest:
+            raise UsageError(
+                f"galore cannot work with rank = {self.rank} on this model.",
+                f"Its layers are of rank {largest} at most: no gradient would be projected, and no memory saved.",
+                f"Use --set options.rank={max(1, largest // 4)} or so, or --method full.",
+            )
+        for weight in weights:
+            weight.galore = True
 
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

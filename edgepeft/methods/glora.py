@@ -154,7 +154,10 @@ class GLoRA(Method):
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
         forms = {name: getattr(self, name) for name in "abcde"}
-        for name in targets.linears(self.name, anatomy, self.targets):
+        names = targets.linears(self.name, anatomy, self.targets)
+        if "lowrank" in (self.a, self.b):
+            targets.check_rank(self.name, self.rank, model, names)
+        for name in names:
             linear: Any = model.get_submodule(name)
             delta.attach(linear, Generalised(linear, forms, self.rank))
 

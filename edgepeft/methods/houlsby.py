@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, NotMergeable, Paper
+from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import bottleneck
 
 
@@ -23,6 +23,7 @@ class Houlsby(Method):
     paper = Paper("Parameter-Efficient Transfer Learning for NLP", 2019, "1902.00751")
     kind = "additive"
     merges = False
+    obstacle = bottleneck.OBSTACLE
     identity_at_start = False
     overhead = "two bottlenecks in a layer"
 
@@ -38,6 +39,3 @@ class Houlsby(Method):
             wide = bottleneck.width(model, part)
             size = bottleneck.size(self.name, wide, self.reduction)
             bottleneck.after(model, part, bottleneck.dense(wide, size, F.gelu, device))
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", bottleneck.CAUSE, bottleneck.REMEDY)

@@ -95,7 +95,7 @@ class IntrinsicSAID(Method):
             raise UsageError(
                 f"{self.name}: a dimension of {self.dimension} is too small for this model.",
                 f"Its {len(names)} layers take a factor each.",
-                f"Use at least {len(names) + 1}, or scales=false.",
+                f"Use --set options.dimension={len(names) + 1} or more, or --set options.scales=false.",
             )
         vector = nn.Parameter(torch.zeros(few, device=device))
         for number, name in enumerate(names):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from edgepeft.anatomy import Anatomy
 from edgepeft.errors import UsageError
-from edgepeft.methods.base import Method, NotMergeable, Paper, Stage
+from edgepeft.methods.base import Method, Paper, Stage
 from edgepeft.methods.prompt_tuning import PromptTuning
 from edgepeft.placements import prefix, prompt, stored
 
@@ -87,6 +87,7 @@ class IPT(Method):
     paper = Paper("Exploring Universal Intrinsic Task Subspace via Prompt Tuning", 2021, "2110.07867")
     kind = "additive"
     merges = False
+    obstacle = prefix.OBSTACLE
     identity_at_start = False
     overhead = "a longer input"
     narrow = {"length": 5, "dimension": 128}
@@ -145,9 +146,6 @@ class IPT(Method):
 
     def condense(self, model: nn.Module) -> None:
         prompt.condense(model)
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", prefix.CAUSE, prefix.REMEDY)
 
 
 @torch.no_grad()

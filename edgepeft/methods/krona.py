@@ -39,7 +39,7 @@ class KronA(Method):
     learning_rate = 2e-3
 
     rank: int = 0
-    """Rank of B; 0 keeps it whole, as in the paper."""
+    """Rank of B; 0, or one that B is too small for, keeps it whole, as in the paper."""
     scale: float = 1.0
     """Factor of the change."""
     targets: tuple[str, ...] = ROLES
@@ -47,6 +47,7 @@ class KronA(Method):
 
     def __post_init__(self) -> None:
         self.require(self.rank >= 0, "rank", "0 or more")
+        self.require(self.scale > 0, "scale", "above 0")
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
         device = next(model.parameters()).device

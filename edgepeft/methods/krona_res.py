@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, NotMergeable, Paper
+from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import bottleneck, kronecker
 
 
@@ -35,11 +35,15 @@ class KronARes(Method):
     paper = Paper("KronA: Parameter Efficient Tuning with Kronecker Adapter", 2022, "2212.10650")
     kind = "reparametrised"
     merges = False
+    obstacle = "It is linear, but stands beside a feed-forward that is not, so that no weight there can take it in."
     overhead = "a Kronecker product beside each feed-forward"
     learning_rate = 2e-3
 
     scale: float = 1.0
     """Factor of the Kronecker product."""
+
+    def __post_init__(self) -> None:
+        self.require(self.scale > 0, "scale", "above 0")
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
         device = next(model.parameters()).device
@@ -47,10 +51,3 @@ class KronARes(Method):
             part = block.sub_layers["feed_forward"]
             width = bottleneck.width(model, part)
             bottleneck.beside(model, part, Residual(kronecker.Product(width, width, 0, self.scale, device)))
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(
-            f"{self.name} cannot be merged into the backbone.",
-            "It is linear, but stands beside a feed-forward that is not, so that no weight there can take it in.",
-            bottleneck.REMEDY,
-        )

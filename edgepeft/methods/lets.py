@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, NotMergeable, Paper, Stage
-from edgepeft.placements import late, projection, pruned
+from edgepeft.methods.base import Method, Paper, Stage
+from edgepeft.placements import late, pruned
 from edgepeft.placements.projection import Projection
 
 
@@ -49,6 +49,7 @@ class LeTS(Method):
     )
     kind = "additive"
     merges = False
+    obstacle = "Its differences are added at the end of the stack, past the layers whose weights they would change."
     backpropagates = False
     overhead = "a sparse matrix product for each layer"
     narrow = {"kept": 0.25}
@@ -79,13 +80,3 @@ class LeTS(Method):
 
     def _prune(self, model: nn.Module, anatomy: Anatomy) -> None:
         pruned.prune(model, self.kept, lambda dense: dense.weight.abs())
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(
-            "lets cannot be merged into the backbone.",
-            "Its differences are added at the end of the stack, past the layers whose weights they would change.",
-            "They are exported to ONNX together with the backbone.",
-        )
-
-    def condense(self, model: nn.Module) -> None:
-        projection.condense(model)

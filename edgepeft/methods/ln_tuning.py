@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from edgepeft.anatomy import Anatomy
+from edgepeft.errors import UsageError
 from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import selection
 
@@ -22,5 +23,11 @@ class LNTuning(Method):
     learning_rate = 2e-3
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
+        if not anatomy.norms:
+            raise UsageError(
+                "ln_tuning finds nothing to train in this model.",
+                "Its normalisations have no weights.",
+                "Use --method ia3, which trains as little, or --method lora.",
+            )
         names = (f"{norm}.{leaf}" for norm in anatomy.norms for leaf, _ in model.get_submodule(norm).named_parameters())
         selection.train(model, list(names))

@@ -68,6 +68,7 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         self.require(self.rank >= 1, "rank", "at least 1")
+        self.require(self.alpha > 0, "alpha", "above 0")
         self.require(0 <= self.dropout < 1, "dropout", "a probability below 1")
         self.require(self.ratio > 0, "ratio", "above 0")
         self.require(self.loftq >= 0, "loftq", "0 or more")
@@ -82,14 +83,16 @@ class LoRA(Method):
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
-        for name in targets.linears(self.name, anatomy, self.targets):
+        names = targets.linears(self.name, anatomy, self.targets)
+        targets.check_rank(self.name, self.rank, model, names)
+        for name in names:
             linear: Any = model.get_submodule(name)
             change = LowRank(linear, self.rank, self.scale, self.dropout)
             if "start" in vars(linear):
                 a, b = vars(linear).pop("start")
                 with torch.no_grad():
-                    change.a.copy_(a)
-                    change.b.copy_(b / self.scale)
+                    change.a[: len(a)] = a  # a layer may be too small for the rank
+                    change.b[:, : len(a)] = b / self.scale
             delta.attach(linear, change)
 
     def pack(self, linear: nn.Linear, at: str, roles: Collection[str]) -> precision.StoredLinear:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from edgepeft.anatomy import Anatomy, Block, is_norm
 from edgepeft.errors import UsageError
-from edgepeft.methods.base import Method, NotMergeable, Paper
+from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import ladder, selection
-from edgepeft.precision import StoredLinear
+from edgepeft.precision import weight_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class LST(Method):
     paper = Paper("LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", 2022, "2206.06522")
     kind = "additive"
     merges = False
+    obstacle = "The side network is a second network beside it, not a change of its weights."
     overhead = "a side network"
     narrow = {"reduction": 4}
     backpropagates = False
@@ -59,13 +60,6 @@ class LST(Method):
                 ladder.bridge(norm, ladder.Bridge(entry.ladder, _norm(len(kept[number]), like)))
         selection.train(model, [name for name, p in model.named_parameters() if id(p) not in before])
 
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(
-            "lst cannot be merged into the backbone.",
-            "The side network is a second network beside it, not a change of its weights.",
-            "It is exported to ONNX together with the backbone.",
-        )
-
     def _check(self, model: nn.Module, stacks: list[list[Block]]) -> None:
         """Every head must stay whole, and of a rotated one every stride-th frequency is kept."""
         config: Any = model.config
@@ -81,7 +75,7 @@ class LST(Method):
                 f"lst: a reduction of {self.reduction} does not fit this model.",
                 f"It must be at least 4 and divide the hidden size, {hidden}, and the width of a head, {head}"
                 + (f", with its {frequencies[0]} rotary frequencies." if frequencies else "."),
-                f"Possible: {', '.join(fitting)}; the paper uses 8." if fitting else "Use another method: lora.",
+                f"Use --set options.reduction={fitting[0]}." if fitting else "Use another method: lora.",
             )
 
     def _build(self, model: nn.Module, config: Any, blocks: list[Block], features: Tensor, source: Tensor) -> None:
@@ -137,21 +131,15 @@ def _selecting(width: int, features: Tensor, place: dict[str, Any]) -> nn.Linear
     return linear
 
 
-def _weight(linear: nn.Module) -> Tensor:
-    if isinstance(linear, StoredLinear):
-        return linear.dequantize(torch.float32)
-    plain: Any = linear
-    weight: Tensor = plain.weight
-    return weight.detach().float()
-
-
 def _largest(importance: Tensor, count: int) -> Tensor:
     return importance.topk(count).indices.sort().values
 
 
 def _important_features(model: nn.Module, blocks: list[Block], reduction: int) -> Tensor:
     """The hidden features that the stack's feed-forward layers read with the largest weights (L1), ascending."""
-    importance = sum(_weight(model.get_submodule(n)).abs().sum(0) for b in blocks for n in b.linears["ffn_in"])
+    importance = sum(
+        weight_of(model.get_submodule(n)).detach().float().abs().sum(0) for b in blocks for n in b.linears["ffn_in"]
+    )
     assert isinstance(importance, Tensor)
     return _largest(importance, len(importance) // reduction)
 
@@ -164,12 +152,12 @@ def _prune(layer: nn.Module, side: nn.Module, block: Block, features: Tensor, so
     what they were.
     """
     local = {name.removeprefix(f"{block.path}."): role for role, names in block.linears.items() for name in names}
-    out = _weight(layer.get_submodule(block.linears["ffn_out"][0].removeprefix(f"{block.path}.")))
+    out = weight_of(layer.get_submodule(block.linears["ffn_out"][0].removeprefix(f"{block.path}."))).detach().float()
     inner = _largest(out.abs().sum(0), out.shape[1] // stride)
     for name, role in local.items():
         wide: Any = layer.get_submodule(name)
         narrow: Any = side.get_submodule(name)
-        weight = _weight(wide)
+        weight = weight_of(wide).detach().float()
         rows = {"ffn_in": inner}.get(role, features if role.endswith(("output", "ffn_out")) else None)
         columns = {"ffn_out": inner, "cross_key": source, "cross_value": source}.get(role, features)
         if role.endswith("output"):

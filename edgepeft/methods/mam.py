@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, NotMergeable, Paper, Stage
+from edgepeft.methods.base import Method, Paper, Stage
 from edgepeft.placements import attention, bottleneck, prefix
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class MAM(Method):
     paper = Paper("Towards a Unified View of Parameter-Efficient Transfer Learning", 2021, "2110.04366")
     kind = "hybrid"
     merges = False
+    obstacle = prefix.OBSTACLE
     identity_at_start = False
     overhead = "a prefix before each attention's tokens, a bottleneck beside each feed-forward"
     narrow = {"length": 5, "bottleneck": 16}
@@ -59,6 +60,3 @@ class MAM(Method):
 
     def positions(self, configuration: PretrainedConfig) -> int:
         return prefix.positions(self.length, configuration)
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", prefix.CAUSE, prefix.REMEDY)

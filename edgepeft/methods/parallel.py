@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, NotMergeable, Paper
+from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import bottleneck
 
 
@@ -22,6 +22,7 @@ class Parallel(Method):
     paper = Paper("Towards a Unified View of Parameter-Efficient Transfer Learning", 2021, "2110.04366")
     kind = "additive"
     merges = False
+    obstacle = bottleneck.OBSTACLE
     overhead = "a bottleneck beside each feed-forward"
 
     reduction: int = 2
@@ -39,6 +40,3 @@ class Parallel(Method):
             wide = bottleneck.width(model, part)
             size = bottleneck.size(self.name, wide, self.reduction)
             bottleneck.beside(model, part, bottleneck.dense_from_zero(wide, size, F.relu, device, self.scale))
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", bottleneck.CAUSE, bottleneck.REMEDY)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, NotMergeable, Paper
+from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import bottleneck
 
 
@@ -23,6 +23,7 @@ class Pfeiffer(Method):
     paper = Paper("AdapterFusion: Non-Destructive Task Composition for Transfer Learning", 2020, "2005.00247")
     kind = "additive"
     merges = False
+    obstacle = bottleneck.OBSTACLE
     identity_at_start = False
     overhead = "a bottleneck in a layer"
 
@@ -38,6 +39,3 @@ class Pfeiffer(Method):
             wide = bottleneck.width(model, block.sub_layers["feed_forward"])
             size = bottleneck.size(self.name, wide, self.reduction)
             bottleneck.after_layer(model, block, bottleneck.dense(wide, size, F.relu, device))
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", bottleneck.CAUSE, bottleneck.REMEDY)

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, NotMergeable, Paper
-from edgepeft.placements import bottleneck, hypercomplex, projection
+from edgepeft.methods.base import Method, Paper
+from edgepeft.placements import bottleneck, hypercomplex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class PHMAdapter(Method):
     )
     kind = "additive"
     merges = False
+    obstacle = bottleneck.OBSTACLE
     overhead = "two bottlenecks in a layer"
     narrow = {"reduction": 8, "n": 2}
 
@@ -49,9 +50,3 @@ class PHMAdapter(Method):
             down = hypercomplex.Hypercomplex(hypercomplex.rule(self.n, device), wide, size)
             up = hypercomplex.Hypercomplex(hypercomplex.rule(self.n, device), size, wide)
             bottleneck.after(model, part, bottleneck.Bottleneck(down, up, F.gelu))
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", bottleneck.CAUSE, bottleneck.REMEDY)
-
-    def condense(self, model: nn.Module) -> None:
-        projection.condense(model)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, NotMergeable, Paper, Stage
+from edgepeft.methods.base import Method, Paper, Stage
 from edgepeft.placements import attention, prefix
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class PrefixTuning(Method):
     paper = Paper("Prefix-Tuning: Optimizing Continuous Prompts for Generation", 2021, "2101.00190")
     kind = "additive"
     merges = False
+    obstacle = prefix.OBSTACLE
     identity_at_start = False
     overhead = "a prefix before each attention's tokens"
     narrow = {"length": 5, "bottleneck": 16}
@@ -48,6 +49,3 @@ class PrefixTuning(Method):
 
     def positions(self, configuration: PretrainedConfig) -> int:
         return prefix.positions(self.length, configuration)
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", prefix.CAUSE, prefix.REMEDY)

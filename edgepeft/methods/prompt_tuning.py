@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, NotMergeable, Paper
+from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import prefix, prompt
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class PromptTuning(Method):
     paper = Paper("The Power of Scale for Parameter-Efficient Prompt Tuning", 2021, "2104.08691")
     kind = "additive"
     merges = False
+    obstacle = prefix.OBSTACLE
     identity_at_start = False
     overhead = "a longer input"
     narrow = {"length": 5}
@@ -46,6 +47,3 @@ class PromptTuning(Method):
 
     def condense(self, model: nn.Module) -> None:
         prompt.condense(model)
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", prefix.CAUSE, prefix.REMEDY)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn import functional as F
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, NotMergeable, Paper, Stage
+from edgepeft.methods.base import Method, Paper, Stage
 from edgepeft.methods.lora import LowRank
-from edgepeft.placements import attention, bottleneck, delta, prefix, selection
+from edgepeft.placements import attention, bottleneck, delta, prefix, selection, targets
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,6 +42,7 @@ class S4(Method):
     paper = Paper("Parameter-Efficient Fine-Tuning Design Spaces", 2023, "2301.01821")
     kind = "hybrid"
     merges = False
+    obstacle = prefix.OBSTACLE
     identity_at_start = False
     overhead = "bottlenecks, prefixes and low-rank changes, each in some layers"
     narrow = {"length": 5, "bottleneck": 16, "reduction": 4}
@@ -73,10 +74,11 @@ class S4(Method):
 
         device = next(model.parameters()).device
         selection.train(model, [name for name in selection.biases(model, anatomy) if having("bias", name)])
+        targets.check_rank(self.name, self.rank, model, anatomy.linears(ROLES))
         for name in anatomy.linears(ROLES):
             if having("lora", name):
-                linear = model.get_submodule(name)
-                delta.attach(linear, LowRank(linear, self.rank, 1.0, 0.0))  # type: ignore[arg-type]
+                linear: Any = model.get_submodule(name)
+                delta.attach(linear, LowRank(linear, self.rank, 1.0, 0.0))
         for part in anatomy.sub_layers(("attention", "feed_forward")):
             if having("adapter", part.reader):
                 wide = bottleneck.width(model, part)
@@ -91,6 +93,3 @@ class S4(Method):
 
     def positions(self, configuration: PretrainedConfig) -> int:
         return prefix.positions(self.length, configuration)
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", prefix.CAUSE, prefix.REMEDY)

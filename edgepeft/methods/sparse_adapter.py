@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from edgepeft.anatomy import Anatomy
 from edgepeft.errors import UsageError, nearest
-from edgepeft.methods.base import Method, NotMergeable, Paper, Stage
-from edgepeft.placements import bottleneck, projection, pruned
+from edgepeft.methods.base import Method, Paper, Stage
+from edgepeft.placements import bottleneck, pruned
 from edgepeft.placements.projection import Projection
 
 SCORES: dict[str, Callable[[Projection], Tensor]] = {
@@ -50,6 +50,7 @@ class SparseAdapter(Method):
     )
     kind = "additive"
     merges = False
+    obstacle = bottleneck.OBSTACLE
     identity_at_start = False
     overhead = "two bottlenecks in a layer"
 
@@ -88,9 +89,3 @@ class SparseAdapter(Method):
 
     def _prune(self, model: nn.Module, anatomy: Anatomy) -> None:
         pruned.prune(model, 1 - self.sparsity, SCORES[self.score])
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", bottleneck.CAUSE, bottleneck.REMEDY)
-
-    def condense(self, model: nn.Module) -> None:
-        projection.condense(model)

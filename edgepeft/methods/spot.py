@@ -9,7 +9,7 @@ from torch import nn
 
 from edgepeft.anatomy import Anatomy
 from edgepeft.errors import UsageError
-from edgepeft.methods.base import Method, NotMergeable, Paper
+from edgepeft.methods.base import Method, Paper
 from edgepeft.methods.prompt_tuning import PromptTuning
 from edgepeft.placements import prefix, prompt, stored
 
@@ -27,6 +27,7 @@ class SPoT(Method):
     paper = Paper("SPoT: Better Frozen Model Adaptation through Soft Prompt Transfer", 2021, "2110.07904")
     kind = "additive"
     merges = False
+    obstacle = prefix.OBSTACLE
     identity_at_start = False
     overhead = "a longer input"
     narrow = {"length": 5}
@@ -45,7 +46,7 @@ class SPoT(Method):
             raise UsageError(
                 f"{self.name} needs a prompt to start from.",
                 "Its option source names no adapter.",
-                "Train one on another task with --method prompt_tuning, then give --set source=RUN/adapter.",
+                "Train one on another task with --method prompt_tuning, then give --set options.source=RUN/adapter.",
             )
         made = prompt.Prompt(stored.prompt(self.name, self.source, model, self.length))
         prompt.attach(self.name, model, anatomy, made, self.length)
@@ -58,6 +59,3 @@ class SPoT(Method):
 
     def condense(self, model: nn.Module) -> None:
         prompt.condense(model)
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", prefix.CAUSE, prefix.REMEDY)

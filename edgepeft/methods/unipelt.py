@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from edgepeft.anatomy import Anatomy
 from edgepeft.methods.base import Method, NotMergeable, Paper, Stage
 from edgepeft.methods.lora import LowRank
-from edgepeft.placements import attention, bottleneck, delta, prefix
+from edgepeft.placements import attention, bottleneck, delta, prefix, targets
 from edgepeft.placements.gate import Gate
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class UniPELT(Method):
     paper = Paper("UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning", 2021, "2110.07577")
     kind = "hybrid"
     merges = False
+    obstacle = prefix.OBSTACLE
     identity_at_start = False
     overhead = "a gated prefix, gated low-rank changes and a gated bottleneck in each layer"
     narrow = {"length": 5, "bottleneck": 16, "reduction": 4}
@@ -82,6 +83,7 @@ class UniPELT(Method):
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
         device = next(model.parameters()).device
+        targets.check_rank(self.name, self.rank, model, anatomy.linears(ROLES))
         for name in anatomy.linears(ROLES):
             linear = model.get_submodule(name)
             delta.attach(linear, _GatedLowRank(linear, self.rank))
@@ -100,6 +102,3 @@ class UniPELT(Method):
 
     def positions(self, configuration: PretrainedConfig) -> int:
         return prefix.positions(self.length, configuration)
-
-    def merge(self, model: nn.Module) -> None:
-        raise NotMergeable(f"{self.name} cannot be merged into the backbone.", prefix.CAUSE, prefix.REMEDY)

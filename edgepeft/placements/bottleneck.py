@@ -15,9 +15,8 @@ from edgepeft.placements.projection import Projection, near_zero
 
 CHILD, TAP = "bottleneck", "tap"
 
-# Why what is placed here cannot be merged, and what to do: for NotMergeable.
-CAUSE = "An adapter bends what it reads (a nonlinearity), which no weight of the backbone can stand for."
-REMEDY = "It is exported to ONNX together with the backbone."
+# Why what is placed here cannot be merged: a method's obstacle.
+OBSTACLE = "An adapter bends what it reads (a nonlinearity), which no weight of the backbone can stand for."
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -65,13 +64,19 @@ def size(method: str, width: int, reduction: int) -> int:
         UsageError: that is not a whole number.
     """
     if width % reduction:
-        fitting = ", ".join(str(number) for number in range(1, width + 1) if width % number == 0)
+        fitting = divisors(width)
+        near = max(number for number in fitting if number <= reduction)
         raise UsageError(
-            f"{method}: a reduction of {reduction} does not fit this model.",
-            f"It must divide the hidden size, {width}.",
-            f"Possible: {fitting}.",
+            f"{method} cannot work with reduction = {reduction} on this model.",
+            f"It must divide the hidden size, {width}: be one of {', '.join(map(str, fitting))}.",
+            f"Use --set options.reduction={near}.",
         )
     return width // reduction
+
+
+def divisors(number: int) -> list[int]:
+    """The whole numbers that divide another, ascending."""
+    return [each for each in range(1, number + 1) if number % each == 0]
 
 
 def after(model: nn.Module, part: SubLayer, module: nn.Module) -> None:

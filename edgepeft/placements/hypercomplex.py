@@ -65,7 +65,7 @@ def share(model: nn.Module, parts: Sequence[SubLayer], method: str, reduction: i
     for part in parts:
         wide = bottleneck.width(model, part)
         size = bottleneck.size(method, wide, reduction)
-        check(method, n, wide, size)
+        check(method, n, wide, size, rank)
         down, up = LowRankHypercomplex(shared, wide, size, rank), LowRankHypercomplex(shared, size, wide, rank)
         bottleneck.after(model, part, bottleneck.Bottleneck(down, up, F.gelu))
 
@@ -76,19 +76,26 @@ def kronecker_sum(rule: Tensor, factor: Tensor) -> Tensor:
     return torch.einsum("ipq,ist->qtps", rule, factor).reshape(n * columns, n * rows)
 
 
-def check(method: str, n: int, width: int, size: int) -> None:
-    """Refuse an ``n`` that does not divide the hidden size and the bottleneck's.
+def check(method: str, n: int, width: int, size: int, rank: int = 1) -> None:
+    """Refuse an ``n`` that does not divide the hidden size and the bottleneck's, or a rank above what that leaves.
 
     Raises:
         UsageError: see above.
     """
-    common = math.gcd(width, size)
-    if common % n:
-        fitting = ", ".join(str(number) for number in range(1, common + 1) if common % number == 0)
+    fitting = bottleneck.divisors(math.gcd(width, size))
+    if n not in fitting:
+        near = max(number for number in fitting if number <= n)
         raise UsageError(
-            f"{method}: n = {n} does not fit this model.",
-            f"It must divide the hidden size, {width}, and the bottleneck, {size}.",
-            f"Possible: {fitting}.",
+            f"{method} cannot work with n = {n} on this model.",
+            f"It must divide the hidden size, {width}, and the bottleneck, {size}: "
+            f"be one of {', '.join(map(str, fitting))}.",
+            f"Use --set options.n={near}, or another reduction.",
+        )
+    if rank > size // n:
+        raise UsageError(
+            f"{method} cannot work with rank = {rank} on this model.",
+            f"Its large matrices are of rank {size // n} at most: the bottleneck, {size}, over n, {n}.",
+            f"Use --set options.rank={size // n} or less.",
         )
 
 

@@ -32,7 +32,7 @@ def check(method: str, length: int, configuration: PretrainedConfig) -> None:
         raise UsageError(
             f"{method}: {length} tokens before the input leave it no position.",
             f"The model has {most} positions in all.",
-            f"Use --set length={max(1, most // 10)} or so, and no longer inputs than the rest.",
+            f"Use --set options.length={max(1, most // 10)} or so, and no longer inputs than the rest.",
         )
 
 

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 STD = 0.02  # of what starts random, as in BERT, GPT-2 and the prefix tuning of their authors
 
-# Why prefixes and prompts cannot be merged, and what to do: for NotMergeable.
-CAUSE = "They are tokens that every other token attends to, and no weight of the backbone can stand for a token."
-REMEDY = "It is exported to ONNX together with the backbone."
+# Why prefixes and prompts cannot be merged: a method's obstacle.
+OBSTACLE = "They are tokens that every other token attends to, and no weight of the backbone can stand for a token."
 
 
 class Plain(nn.Module):

@@ -47,7 +47,7 @@ def prompt(method: str, folder: str, model: Any, length: int) -> Tensor:
         raise UsageError(
             f"{method}: the prompt in {folder!r} has {found[0].shape[0]} tokens of width {found[0].shape[1]}.",
             f"{length} of width {hidden} are needed.",
-            f"Use --set length={found[0].shape[0]}."
+            f"Use --set options.length={found[0].shape[0]}."
             if found[0].shape[1] == hidden
             else "Use a prompt that was trained on this backbone.",
         )
