@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from edgepeft import __version__
+from edgepeft import __version__, foreign
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.files import atomic_directory, write_json
 from edgepeft.methods.base import Method, state
@@ -59,6 +59,8 @@ def save(directory: Path, model: nn.Module, what: Card) -> None:
     with atomic_directory(directory) as folder:
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         write_json(folder / CARD, asdict(what))
+        if foreign.is_in(model):
+            foreign.write(folder, model, what.model)
 
 
 def read_card(directory: Path) -> Card:

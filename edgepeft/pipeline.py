@@ -163,14 +163,18 @@ class _Job:
         if self.space.done("merge", inputs):
             self.say("merge: done before")
             return
-        rows = merging.merge(
-            self._trained(self._needs("precision")),
-            method,
-            original=lambda: self._trained("fp32"),
-            batches=training.validation_batches(self.data, self.recipe),
-            tokenizer=self.tokenizer,
-            out=self.space.merged,
-        )
+        try:
+            rows = merging.merge(
+                self._trained(self._needs("precision")),
+                method,
+                original=lambda: self._trained("fp32"),
+                batches=training.validation_batches(self.data, self.recipe),
+                tokenizer=self.tokenizer,
+                out=self.space.merged,
+            )
+        except base.NotMergeable as error:
+            self.say(f"merge: {method.name} stays beside its backbone: {error.cause} It is exported as it is")
+            return
         rows[-1] = dataclasses.replace(rows[-1], counts={**rows[-1].counts, **self._changed(method, rows[-1])})
         ledger.record(self.space.ledger, *rows)
         self.space.finish("merge", inputs)

@@ -19,7 +19,7 @@ from edgepeft.backbone import Backbone, skeleton
 from edgepeft.evaluate import sample_logits, totals
 from edgepeft.merge import COMPARED, to_full_precision
 from edgepeft.methods import base
-from edgepeft.methods.base import Method, Stage
+from edgepeft.methods.base import Method, NotMergeable, Stage
 from edgepeft.step import Batch, TrainingStep
 from edgepeft.surface import Configuration
 from edgepeft.trace import Peak, Tracker, fake_device
@@ -57,7 +57,8 @@ def record(configuration: Configuration, *, whole: bool) -> Recording:
         with tracker.phase("loading"):
             backbone = _skeleton(configuration, configuration.precision, method)
         own = {name for name, _ in backbone.model.named_parameters()}
-        base.apply(method, backbone)
+        with _converting():
+            base.apply(method, backbone)
         _follow_layers(backbone, found)
         if configuration.checkpointing:
             backbone.model.activation_checkpointing_enable()
@@ -148,7 +149,8 @@ def _merge(configuration: Configuration, backbone: Backbone, method: Method) -> 
     to_full_precision(model)
     kept = _logits(configuration, model, batch)
     if method.merges:
-        method.merge(model)
+        with contextlib.suppress(NotMergeable):  # found out only by trying: the model is then exported as it is
+            method.merge(model)
         kept += _logits(configuration, model, batch)
     totals(model, [batch])
 

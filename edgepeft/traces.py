@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from edgepeft import surface
 from edgepeft.catalog import entry, names
 from edgepeft.errors import EdgePeftError
 from edgepeft.files import write_json
+from edgepeft.peft_config import path_of, text_of
 from edgepeft.surface import Configuration, Surface
 
 METHODS = "methods.json"
@@ -45,11 +47,11 @@ def traits(method: str) -> Traits:
         return Traits(**known)
     from edgepeft.methods import base
 
-    return traits_of(base.find(method))
+    return traits_of(base.find(method) if path_of(method) is None else base.create(method))
 
 
 def traits_of(method: Any) -> Traits:
-    """The traits of a method's class."""
+    """The traits of a method's class, or of a method whose configuration decides them."""
     return Traits(dict(method.aliases), method.writes_backbone, method.backpropagates, method.updates_in_backward)
 
 
@@ -174,6 +176,14 @@ def _surface(configuration: Configuration) -> Surface | EdgePeftError:
         traced = extrapolate.surface(configuration)
     except EdgePeftError as error:  # the method is not for this model; the others may be
         return error
+    except Exception as error:
+        if path_of(configuration.method) is None:
+            raise
+        return EdgePeftError(  # layers of PEFT's, some of which look at values
+            f"{configuration.method} cannot be planned.",
+            f"PEFT's layers do not run on tensors without values: {str(error).strip() or type(error).__name__}.",
+            "What is not planned is not trained here; PEFT itself may train it.",
+        )
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
         write_json(_path(configuration), traced.plain())
     return surface.read(traced.plain())
@@ -194,14 +204,14 @@ def _one_thread() -> None:
 def _path(configuration: Configuration) -> Path:
     folder = Path(os.environ.get("EDGEPEFT_CACHE", Path.home() / ".cache" / "edgepeft")) / "traces"
     content = {**asdict(replace(configuration, microbatch=0)), "versions": _versions()}
+    if (said := text_of(configuration.method)) is not None:
+        content |= {"configuration": said, "peft": importlib.metadata.version("peft")}
     return folder / f"{hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()}.json"
 
 
 @cache
 def _versions() -> tuple[str, ...]:
     """What a trace depends on beside its configuration: the libraries, and our own code."""
-    import importlib.metadata
-
     own = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         own.update(file.read_bytes())

@@ -154,8 +154,9 @@ def _is_thin(inputs: Iterable[Tensor]) -> bool:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """Bytes of the elements of each; what is expanded is read once."""
-    return tuple(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+    """Bytes of the elements of each; what is expanded is read once, and a sparse tensor's parts are other tensors."""
+    whole = (t for t in tensors if t.layout is torch.strided)
+    return tuple(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in whole)
 
 
 def _written(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -17,9 +17,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    {"errors", "files", "hardware", "machine", "precision", "catalog", "chat", "evidence"},
+    {"errors", "files", "hardware", "machine", "precision", "catalog", "chat", "peft_config", "evidence"},
     {"backbone", "anatomy", "data", "runtime", "cross_entropy", "divergence", "roofline", "surface"},
-    {"methods", "placements", "step"},
+    {"methods", "foreign", "placements", "step"},
     {
         "recipe",
         "schedule",

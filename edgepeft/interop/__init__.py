@@ -6,11 +6,13 @@ them, and every adapter is held against it before it is written.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from edgepeft import adapter
 from edgepeft.errors import UsageError
-from edgepeft.interop.folder import CONFIG
+from edgepeft.files import atomic_directory
+from edgepeft.interop.folder import CONFIG, WEIGHTS
 from edgepeft.interop.reading import read
 from edgepeft.interop.writing import write
 
@@ -39,4 +41,9 @@ def convert(source: Path, target: Path, model: str | None = None) -> tuple[str, 
         )
     if model is not None:
         raise UsageError("--model goes with an adapter of PEFT's.", f"The card in {folder} names its own.", "")
+    if (folder / CONFIG).exists():  # what PEFT itself changed (``foreign``) has its files beside the card
+        with atomic_directory(target) as made:
+            for name in (CONFIG, WEIGHTS):
+                shutil.copyfile(folder / name, made / name)
+        return ()
     return write(folder, target)

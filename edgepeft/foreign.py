@@ -1,0 +1,399 @@
+"""Any configuration of HF PEFT as a method: PEFT puts its layers into the model, and merges them.
+
+The model stays the Hugging Face model it was; PEFT's wrapper around it is kept out of its modules. Packed layers look
+to PEFT like the ``nn.Linear`` they stand for, whose weight is unpacked when it is read, so that every type of PEFT that
+works on plain layers works on them, without the layers of bitsandbytes that PEFT would look for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from edgepeft import peft_config
+from edgepeft.anatomy import Anatomy
+from edgepeft.errors import UsageError, nearest
+from edgepeft.methods.base import Method, NotMergeable, Paper
+from edgepeft.placements import presumed, selection
+from edgepeft.precision import StoredLinear
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_WRAPPER, _SHARED = "foreign_wrapper", "foreign_shared"  # attributes of a model
+_ENCODER = "prompt_encoder"
+_REMEDY = "Give an adapter_config.json as PEFT's save_pretrained writes it."
+ADAPTER = "default"  # what PEFT calls a model's adapter when there is one
+WEIGHTS = "adapter_model.safetensors"
+TASKS = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
+_HEADS = {"classifier", "score"}  # PEFT writes both into a classifier's configuration, whichever it has
+_PASSED_AS_CACHE = ("PREFIX_TUNING", "CARTRIDGE")  # transformers drops a cache where activations are computed again
+_OF_TASKS = ("POLY", "MULTITASK_PROMPT_TUNING")
+
+# What cannot be trained here: why, and what to do instead.
+_TYPES = {
+    "ADALORA": (
+        "What its schedule of ranks has seen is in no tensor of PEFT's: no run could go on from a checkpoint.",
+        "Use --method adalora; `edgepeft adapter` writes it for PEFT.",
+    ),
+    "SHADOW": ("It sends a second state through the layers, which the plan cannot follow.", "Use --method lst."),
+    "XLORA": ("It mixes adapters that other runs trained.", "Train one of those."),
+}
+_NEEDS_DATA = "It is computed from data, before training, by a script of its own."
+_OWN_LOSS = "It adds a term to the loss where PEFT computes that, and edgepeft has a loss of its own."
+_FIELDS = {
+    "eva_config": _NEEDS_DATA,
+    "corda_config": _NEEDS_DATA,
+    "lora_ga_config": _NEEDS_DATA,
+    "monteclora_config": _OWN_LOSS,
+    "kasa_config": _OWN_LOSS,
+    "loftq_config": "It packs the backbone anew; --method lora --set options.loftq=1 does that here.",
+    "alora_invocation_tokens": "It looks for tokens in the input, which only PEFT's own model shows to its layers.",
+    "arrow_config": "It mixes adapters that other runs trained.",
+    "layer_replication": "It changes the backbone's depth, which the plan is made for.",
+    "megatron_config": "It imports a module that the file names.",
+    "runtime_config": "It is not part of a configuration file.",
+    "use_asa": "What its schedule has seen is in no tensor: no run could go on from a checkpoint.",
+    "sample_at_inference": "Its model computes something else each time, which nothing can be measured against.",
+    "prompt_tuning_init_state_dict_path": "It reads a file that may hold code.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign(Method):
+    """What an ``adapter_config.json`` describes."""
+
+    paper = Paper("PEFT: State-of-the-art parameter-efficient fine-tuning", 2022, venue="github.com/huggingface/peft")
+    kind = "reparametrised"
+    identity_at_start = False
+
+    source: str
+    """``peft:`` and a path, as the user wrote it."""
+    configuration: str
+    """What the file says, JSON."""
+
+    def __post_init__(self) -> None:
+        self.parsed()
+
+    @property
+    def name(self) -> str:
+        return self.source
+
+    @property
+    def type(self) -> str:
+        """PEFT's name of what the configuration is one of."""
+        return str(self.parsed().peft_type.value)
+
+    @property
+    def merges(self) -> bool:  # type: ignore[override]
+        config = self.parsed()
+        return not (config.is_prompt_learning or config.is_adaption_prompt)
+
+    @property
+    def writes_backbone(self) -> bool:  # type: ignore[override]
+        start = getattr(self.parsed(), "init_lora_weights", None)
+        return isinstance(start, str) and start.startswith(("pissa", "olora"))
+
+    @property
+    def backpropagates(self) -> bool:  # type: ignore[override]
+        return self.type not in _PASSED_AS_CACHE
+
+    def parsed(self) -> Any:
+        """A new ``PeftConfig``, to be trained.
+
+        Raises:
+            UsageError: PEFT is not installed, or the configuration is none, or one that cannot be trained here.
+        """
+        return _parse(self.configuration, self.source)
+
+    def positions(self, configuration: PretrainedConfig) -> int:
+        config = self.parsed()
+        return int(config.num_virtual_tokens or 0) if config.is_prompt_learning else 0
+
+    def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
+        config = self.parsed()
+        _settle_task(self.source, config, anatomy)
+        whole = getattr(config, "modules_to_save", None) or ()
+        if whole:
+            config.modules_to_save = None  # edgepeft trains them itself, in fp32 whatever the backbone is in
+        own = {id(tensor) for tensor in _tensors(model).values()}
+        head = _head(model)
+        for module in model.modules():
+            if isinstance(module, StoredLinear):
+                _let_read(module)
+        try:
+            with presumed.values(model, config):
+                _put(model, config)
+        except Exception as error:  # PEFT's layers raise whatever they run into
+            raise _refusal(self, model, error) from error
+        if _head(model) is not head:
+            raise UsageError(
+                f"{self.source} changes the layer that predicts tokens.",
+                "edgepeft computes token logits from its weight, a part at a time, and would not see the change.",
+                'Take it out of target_modules; "modules_to_save" trains it whole.',
+            )
+        selection.train(model, [*_half_trained(model), *_named(self.source, model, whole)])
+        described: Any = model
+        described.backbone_tensors = frozenset(name for name, tensor in _tensors(model).items() if id(tensor) in own)
+
+    def merge(self, model: nn.Module) -> None:
+        if not self.merges:
+            raise NotMergeable(f"{self.source} cannot be merged.", f"{self.type} changes no weights.", "")
+        try:
+            with presumed.values(model, self.parsed()):
+                vars(model)[_WRAPPER].base_model.merge_and_unload()
+        except Exception as error:
+            raise NotMergeable(f"{self.source} cannot be merged.", _first_line(error), "") from error
+        for name in vars(model).pop(_SHARED):
+            delattr(model, name)
+        del vars(model)[_WRAPPER]
+        vars(model).pop("forward", None)
+        selection.fold(model)
+
+    def condense(self, model: nn.Module) -> None:
+        if self.parsed().is_prompt_learning and _head(model) is not None:
+            raise UsageError(
+                f"{self.source} cannot be exported to ONNX.",
+                f"PEFT puts the tokens of {self.type} before every call, that of the next token too.",
+                "The adapter works in PEFT; --method prompt_tuning and prefix_tuning are made to be exported.",
+            )
+
+
+def read(name: str, options: Mapping[str, Any] | None) -> Foreign:
+    """The method that ``peft:PATH`` names.
+
+    Raises:
+        UsageError: it cannot be read, or is not one that can be trained here.
+    """
+    if options and options.keys() == {"source", "configuration"}:  # those of an adapter's card
+        return Foreign(**options)
+    if options:
+        raise UsageError(f"{name} takes no options.", "Its file says all.", f"Change {peft_config.path_of(name)}.")
+    return Foreign(source=name, configuration=peft_config.text_of(name) or "")
+
+
+def write(folder: Path, model: nn.Module, name: str) -> None:
+    """Write the adapter of a model that a ``Foreign`` is in as PEFT's ``PeftModel.from_pretrained`` reads it.
+
+    Args:
+        name: of the backbone.
+    """
+    from peft import get_peft_model_state_dict
+
+    outer = vars(model)[_WRAPPER]
+    config = outer.peft_config[ADAPTER]
+    prefix = "base_model." if config.is_prompt_learning else "base_model.model."
+    state = {selection.canonical(name): tensor for name, tensor in outer.state_dict().items()}
+    found = dict(get_peft_model_state_dict(outer, state_dict=state, save_embedding_layers=False))
+    own = {selection.canonical(n) for n in vars(model)["backbone_tensors"]}
+    trained = {selection.canonical(n) for n, p in model.named_parameters() if p.requires_grad} & own
+    whole = sorted({n.rpartition(".")[0] for n in trained if not n.endswith(".base_layer.bias")})
+    if getattr(config, "bias", "none") == "all":
+        whole = [module for module in whole if f"{module}.weight" in trained]
+    found |= {f"{prefix}{n}": state[f"{prefix}{n}"] for n in trained if n.rpartition(".")[0] in whole}
+    save_file({n: t.cpu().contiguous().clone() for n, t in found.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    said = {"base_model_name_or_path": name, "inference_mode": True, **({"modules_to_save": whole} if whole else {})}
+    before = {field: getattr(config, field, None) for field in said}
+    vars(config).update(said)
+    config.save_pretrained(str(folder))
+    vars(config).update(before)
+
+
+def is_in(model: nn.Module) -> bool:
+    """Whether PEFT has put its layers into a model."""
+    return _WRAPPER in vars(model)
+
+
+class _Outer(nn.Module):
+    """Stands where ``PeftModel`` would, around a tuner: names in PEFT's files begin there."""
+
+    def __init__(self, tuner: Any) -> None:
+        super().__init__()
+        self.base_model = tuner
+        self.peft_config = tuner.peft_config
+
+
+def _put(model: Any, config: Any) -> None:
+    """Let PEFT change the model in place, and keep the one module that both need out of the model's own."""
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if config.is_prompt_learning:
+        outer = peft.get_peft_model(model, config)
+        model.add_module(_ENCODER, outer.prompt_encoder)
+        for module in list(outer.prompt_encoder.modules()):
+            for leaf, parameter in list(module._parameters.items()):
+                if parameter is not None and not parameter.requires_grad:  # random, and not to be had again
+                    del module._parameters[leaf]
+                    module.register_buffer(leaf, parameter.data)
+        _route(model, outer, config)
+        shared = [_ENCODER]
+    else:
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, {ADAPTER: config}, ADAPTER)
+        if isinstance(tuner, BaseTuner):
+            tuner._cast_adapter_dtype(ADAPTER, True)
+            if type(tuner).forward is not BaseTuner.forward:
+                _route(model, tuner, config)
+        shared = [name for name, _ in tuner.named_children() if name != "model"]
+        for name in shared:  # what all layers use
+            model.add_module(name, tuner.get_submodule(name))
+        outer = _Outer(tuner)
+    presumed.follow(model, config)
+    vars(model)[_WRAPPER] = outer  # as an attribute it would become a module of its own module
+    vars(model)[_SHARED] = shared
+
+
+def _route(model: Any, through: Callable[..., Any], config: Any) -> None:
+    """Let the model's forward go through PEFT's, which calls the model's own; outputs stay those of the input."""
+    own: Callable[..., Any] = model.forward
+    inside = False
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        if inside:
+            return own(*args, **kwargs)
+        ids = kwargs["input_ids"]
+        if config.peft_type.value in _OF_TASKS:  # a run's data are one task's
+            kwargs["task_ids"] = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+        inside = True
+        try:
+            found = through(*args, **kwargs)
+        finally:
+            inside = False
+        if config.is_prompt_learning and found.logits.dim() == 3:
+            found.logits = found.logits[:, -kwargs.get("decoder_input_ids", ids).shape[1] :]
+        return found
+
+    vars(model)["forward"] = forward
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    except ImportError as error:
+        raise UsageError(
+            f"{source} needs HF PEFT.", "It is not installed.", "Install it: pip install 'edgepeft[peft]'"
+        ) from error
+    import peft
+
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{source} is not JSON.", str(error), _REMEDY) from error
+    kind = fields.pop("peft_type", None) if isinstance(fields, dict) else None
+    known = {each.value: made for each, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if not isinstance(kind, str) or kind not in known:
+        cause = "It has no peft_type." if kind is None else f"PEFT {peft.__version__} knows no peft_type {kind!r}."
+        raise UsageError(f"{source} is no configuration of PEFT.", cause, nearest(str(kind), known))
+    if kind in _TYPES:
+        raise UsageError(f"{source} cannot be trained here, as it is of type {kind}.", *_TYPES[kind])
+    accepted = {field.name for field in dataclasses.fields(known[kind]) if field.init}
+    if unknown := sorted(fields.keys() - accepted):
+        raise UsageError(
+            f"{source}: PEFT {peft.__version__} has no {unknown[0]!r} for {kind}.",
+            "It would be ignored, and another method trained than the file describes.",
+            f"Take it out of the file, or upgrade PEFT. {nearest(unknown[0], accepted)}",
+        )
+    for name in _FIELDS:
+        if fields.get(name):
+            raise UsageError(f"{source}: {name} cannot be used here.", _FIELDS[name], "Take it out of the file.")
+    _check_values(fields, source)
+    plain = {name: value for name, value in fields.items() if name not in ("inference_mode", "auto_mapping")}
+    if kind == "CPT":
+        plain["task_type"] = plain.get("task_type") or TASKS["causal-lm"]
+    try:
+        return known[kind](**plain)
+    except Exception as error:
+        raise UsageError(f"{source} is refused by PEFT.", _first_line(error), _REMEDY) from error
+
+
+def _check_values(fields: Mapping[str, Any], source: str) -> None:
+    """Refuse values that would load code, or that no second run could make again."""
+    start = fields.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(("eva", "corda", "lora_ga", "loftq")):
+        raise UsageError(f"{source}: init_lora_weights = {start!r} cannot be used here.", _NEEDS_DATA, _REMEDY)
+    if isinstance(start, str) and start.startswith("pissa_niter"):
+        raise UsageError(
+            f"{source}: init_lora_weights = {start!r} cannot be used here.",
+            "It is random, and changes the backbone: an adapter could not be put back.",
+            'Use "pissa", which is exact.',
+        )
+    if (fields.get("tokenizer_kwargs") or {}).get("trust_remote_code"):
+        raise UsageError(
+            f"{source}: tokenizer_kwargs asks for trust_remote_code.", "Code of a repository is not run.", _REMEDY
+        )
+
+
+def _settle_task(source: str, config: Any, anatomy: Anatomy) -> None:
+    task = "classification" if not anatomy.unembedding else "seq2seq" if len(anatomy.stacks) == 2 else "causal-lm"
+    said = getattr(config.task_type, "value", config.task_type)
+    if said not in (None, TASKS[task]):
+        raise UsageError(
+            f"{source} is for {said}, and this run is a {task} one ({TASKS[task]}).",
+            "A configuration may name the task it is for, as task_type.",
+            "Change it there, or choose the task with --task.",
+        )
+    config.task_type = TASKS[task]
+
+
+def _refusal(method: Foreign, model: nn.Module, error: Exception) -> UsageError:
+    ends = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+    found = "target" in str(error).lower()
+    return UsageError(
+        f"PEFT cannot put {method.type} of {method.source} into this model.",
+        _first_line(error),
+        f"Its linear layers are called {', '.join(ends)}." if found else "",
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, StoredLinear))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _named(source: str, model: nn.Module, ends: Iterable[str]) -> list[str]:
+    """The parameters of the modules that ``modules_to_save`` means."""
+    found: list[str] = []
+    for end in ends:
+        modules = [name for name, _ in model.named_modules() if name == end or name.endswith(f".{end}")]
+        if not modules and end not in _HEADS:
+            raise UsageError(f"{source}: modules_to_save names {end!r}.", "There is no such module in the model.", "")
+        found += [f"{name}.{leaf}" for name in modules for leaf, _ in model.get_submodule(name).named_parameters()]
+    return list(dict.fromkeys(found))
+
+
+def _half_trained(model: nn.Module) -> list[str]:
+    """What PEFT trains in half precision, in which small updates are lost."""
+    half = (torch.float16, torch.bfloat16)
+    return [name for name, p in model.named_parameters() if p.requires_grad and p.dtype in half]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _head(model: Any) -> nn.Module | None:
+    found: nn.Module | None = model.get_output_embeddings()
+    return found
+
+
+def _let_read(stored: StoredLinear) -> None:
+    """Make a stored layer an ``nn.Linear`` too, whose weight (out, in), bf16, is unpacked whenever it is read."""
+    kind = type(stored)
+    weight = {} if "weight" in stored._buffers else {"weight": property(lambda self: self.dequantize(torch.bfloat16))}
+    stored.__class__ = type(kind.__name__, (kind, nn.Linear), weight)
