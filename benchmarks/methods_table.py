@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from edgepeft.files import write_text
 from edgepeft.methods import base
 from tuning import BENCHES, DEV, HEAD_ONLY, SCORED, Bench, Row
 
+_SURE = "*yes* is a lead of two standard errors of that score, *barely* a smaller one."
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = (
     *("method", "score %", "loss", "better", "rate", "trained M", "trained %", "tensors MB", "training %"),
@@ -77,11 +79,13 @@ def _text(bench: Bench) -> str:
     return f"""## {bench.title}
 
 {bench.updates} updates of {bench.batch} examples of up to {bench.tokens} tokens, {bench.precision} weights. The score
-is the mean over seeds on {SCORED} validation examples; the rate was chosen on {DEV} others. One standard error of a
-score near 80 % is 2.5 points. {_untuned(bench)}
+is the mean over seeds on {SCORED} validation examples; the rate was chosen on {DEV} others.
+{_untuned(bench)}
 
-Complete ({len(whole)}: three rates or four at seed 0, the best at seed 1): {_names(whole)}.
-Begun ({len(partly)}): {_names(partly)}. Not begun ({len(missing)}): {_names(missing)}.
+- complete, {len(whole)} rows (three rates or four at seed 0, the best again at seed 1): {_names(whole)}
+- begun, {len(partly)} rows: {_names(partly)}
+- refused, {len(refused)} rows: {_names(list(refused))}
+- not begun, {len(missing)} rows: {_names(missing)}
 
 {_table(COLUMNS, [_cells(bench, line, lines[0 if bench.task != "classification" else 1], bar) for line in shown])}
 
@@ -121,15 +125,15 @@ def _untuned(bench: Bench) -> str:
     score, loss = (statistics.mean(run[what] for run in runs) for what in ("score", "loss"))
     said = f"Untuned: {100 * score:.1f} %, {loss:.3f} nats."
     if bench.task == "classification":
-        return f"{said} That is a random head, so *better* compares with training the head alone."
+        return f"{said} That is a random head, so *better* compares with training the head alone. {_SURE}"
     if bench.name == "t5" and (path := bench.folder / "pretrained.json").exists():
         made = sweep.read(path)
         said += (
-            f" From scratch it had {made['updates']} updates of {made['batch']} of {made['examples']} examples; then "
-            f"{100 * made['dev']['token_accuracy']:.1f} % of the tokens of *positive*, *negative* and their ends were "
-            "right on held-out text. Here it meets another prefix, other examples, and *great* and *terrible*."
+            f" From scratch it had {made['updates']} updates of {made['batch']} of {made['examples']} texts, to answer "
+            f"*yes* or *no* to whether there is a comma; then {100 * (2 * made['dev']['token_accuracy'] - 1):.0f} % of "
+            "its answers were right on held-out text. Here it meets another prefix, other texts, *with* and *without*."
         )
-    return f"{said} *better* compares with that."
+    return f"{said} *better* compares with that. {_SURE}"
 
 
 def _cells(bench: Bench, line: Line, full: Line, bar: tuple[str, float, float]) -> list[str]:
@@ -158,7 +162,7 @@ def _cells(bench: Bench, line: Line, full: Line, bar: tuple[str, float, float]) 
         line.row.name,
         f"{100 * score:.1f}{spread}",
         f"{loss:.3f}",
-        "" if line.row.method == HEAD_ONLY else _better(score > bar[1], loss < bar[2]),
+        "" if line.row.method == HEAD_ONLY else _better(score, loss, bar),
         f"{rate:.2g}{end}",
         f"{run['trained'] / 1e6:.4f}",
         f"{100 * run['trained'] / total:.3f}" if total else "",
@@ -170,8 +174,10 @@ def _cells(bench: Bench, line: Line, full: Line, bar: tuple[str, float, float]) 
     ]
 
 
-def _better(score: bool, loss: bool) -> str:
-    return {(True, True): "yes", (True, False): "score only", (False, True): "loss only"}.get((score, loss), "**no**")
+def _better(score: float, loss: float, bar: tuple[str, float, float]) -> str:
+    if score - bar[1] > 2 * math.sqrt(bar[1] * (1 - bar[1]) / SCORED):
+        return "yes"
+    return "barely" if score > bar[1] else "loss only" if loss < bar[2] else "**no**"
 
 
 def _trouble(run: dict[str, Any]) -> str:

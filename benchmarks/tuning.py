@@ -46,7 +46,7 @@ class Bench:
 
     Attributes:
         shape: an example of a data set from a text, the word for its class, and the number of the task.
-        words: the words for the classes, as the data of ``tools/data.py`` has them and as they are learned here.
+        classes: gives texts the words for their classes; those of ``tools/data.py`` are as they are.
         train: which rows of the training file.
         updates, batch: of every run, whatever the method; ``seconds`` is what a run may take at most.
         options: for methods whose defaults do not suit the model or the budget, with the reason.
@@ -57,7 +57,7 @@ class Bench:
     model: Path
     task: str
     shape: Callable[[str, str, int], dict[str, str]]
-    words: Mapping[str, str]
+    classes: Callable[[Sequence[Text]], list[Text]]
     train: slice
     updates: int
     batch: int
@@ -96,15 +96,13 @@ class Bench:
         home = self.folder / "data" / (other or "sentiment")
         if not home.is_dir():
             number = [None, *OTHERS].index(other)
-            held_out = _read("validation", {})
+            classes = OTHERS[other] if other else self.classes
+            held_out = classes(texts("validation"))
             parts = {
-                "train": _read("train", self.words)[self.train],
-                "validation": _read("validation", self.words)[:DEV],
-                "score": _read("validation", self.words)[DEV : DEV + SCORED],
+                "train": classes(texts("train"))[self.train],
+                "validation": held_out[:DEV],
+                "score": held_out[DEV : DEV + SCORED],
             }
-            if other:
-                parts = {"train": _read("train", {}), "validation": held_out[:DEV], "score": held_out[-SCORED:]}
-                parts = {name: OTHERS[other](rows) for name, rows in parts.items()}
             with atomic_directory(home) as folder:
                 for name, rows in parts.items():
                     lines = [json.dumps(self.shape(*row, number), ensure_ascii=False) + "\n" for row in rows]
@@ -112,9 +110,15 @@ class Bench:
         return home
 
 
-def _read(split: str, words: Mapping[str, str]) -> list[Text]:
+def texts(split: str) -> list[Text]:
+    """The texts of a split of the sentiment data, each with its label."""
     lines = (job.TEXT.parent / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [(row["text"], words.get(row["label"], row["label"])) for row in map(json.loads, lines)]
+    return [(row["text"], row["label"]) for row in map(json.loads, lines)]
+
+
+def comma(rows: Sequence[Text]) -> list[Text]:
+    """Whether there is a comma in a text: a small T5 learns that from scratch in minutes, but not sentiment."""
+    return [(text, "with" if "," in text else "without") for text, _ in rows]
 
 
 def _swapped(rows: Sequence[Text]) -> list[Text]:
@@ -144,15 +148,13 @@ def _labelled(text: str, word: str, number: int) -> dict[str, str]:
 
 
 def _asked(text: str, word: str, number: int) -> dict[str, str]:
-    return {"input": f"{('review', 'order', 'length')[number]}: {text}", "target": word}
+    return {"input": f"{('mark', 'order', 'length')[number]}: {text}", "target": word}
 
 
 def _completed(text: str, word: str, number: int) -> dict[str, str]:
     question = ("Sentiment", "Word order", "Length")[number]
     return {"prompt": f"Review: {text}\n{question}:", "completion": f" {word}"}
 
-
-_SAME = {"positive": "positive", "negative": "negative"}
 
 BENCHES = {
     bench.name: bench
@@ -163,7 +165,7 @@ BENCHES = {
             model=job.ROOT / "models" / "minilm-l6",
             task="classification",
             shape=_labelled,
-            words=_SAME,
+            classes=list,
             train=slice(None),
             updates=48,
             batch=16,
@@ -173,15 +175,15 @@ BENCHES = {
         ),
         Bench(
             name="t5",
-            title="a T5 of 1.4 M trained from scratch on sentiment, now asked for other words",
+            title="a T5 of 1.4 M trained from scratch, now asked for other words",
             model=STATE / "t5" / "model",
             task="seq2seq",
             shape=_asked,
-            words={"positive": "great", "negative": "terrible"},
+            classes=comma,
             train=slice(6000, None),
             updates=100,
             batch=16,
-            tokens=32,
+            tokens=48,
             precision="fp32",
             seconds=600,
             options={"galore": ({"rank": 32}, "its matrices are no larger than the default of 128")},
@@ -192,7 +194,7 @@ BENCHES = {
             model=job.MODEL,
             task="causal-lm",
             shape=_completed,
-            words=_SAME,
+            classes=list,
             train=slice(None),
             updates=24,
             batch=8,
