@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from edgepeft.anatomy import Anatomy
 from edgepeft.backbone import Backbone
 from edgepeft.errors import EdgePeftError, UsageError, nearest
 from edgepeft.peft_config import path_of
-from edgepeft.placements import selection
+from edgepeft.placements import projection, selection
 from edgepeft.precision import StoredLinear, is_packed, pack, store_frozen
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class Method(ABC):
     identity_at_start: ClassVar[bool] = True  # before the first update the model computes what the backbone does
     saves: ClassVar[tuple[str, ...]] = ("disk", "memory")  # compared with full tuning, as the survey has it
     overhead: ClassVar[str] = ""  # what a model that cannot be merged computes besides its backbone, in a few words
+    obstacle: ClassVar[str] = "No weight of the backbone can stand for what it computes."  # why it cannot be merged
     narrow: ClassVar[Mapping[str, Any]] = {}  # options for a width of 32, heads of 8: where defaults are too large
 
     @property
@@ -108,7 +110,12 @@ class Method(ABC):
     def require(self, holds: bool, option: str, expected: str) -> None:
         """Refuse the value of a hyper-parameter unless ``holds``; for ``__post_init__``."""
         if not holds:
-            raise UsageError(f"{self.name}: {option} = {getattr(self, option)!r} must be {expected}.", "", "")
+            default = next(field.default for field in dataclasses.fields(self) if field.name == option)
+            raise UsageError(
+                f"{self.name} cannot work with {option} = {getattr(self, option)!r}.",
+                f"It must be {expected}.",
+                f"Its default is {default!r}; `edgepeft methods {self.name}` says what it is.",
+            )
 
     @abstractmethod
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
@@ -120,13 +127,21 @@ class Method(ABC):
         Raises:
             NotMergeable: the algebra does not allow it.
         """
+        if not self.merges:
+            raise NotMergeable(
+                f"{self.name} cannot be merged into the backbone.",
+                self.obstacle,
+                "It is exported to ONNX together with the backbone.",
+            )
         selection.fold(model)
 
-    def condense(self, model: nn.Module) -> None:  # noqa: B027
+    def condense(self, model: nn.Module) -> None:
         """Replace what only training needs, in a model that cannot be merged, by what computes the same for less.
 
-        It is called once, on an unpacked fp32 model in evaluation mode, before that is exported.
+        It is called once, on an unpacked fp32 model in evaluation mode, before that is exported. Projections whose
+        weights are made anew in each pass become plain ones.
         """
+        projection.condense(model)
 
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """AdamW (arXiv 1711.05101) over what is trained, without decay on vectors.
@@ -275,21 +290,41 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> Method:
     fields = {field.name: field for field in dataclasses.fields(method)}
     for option, value in (options or {}).items():
         if option not in fields:
-            has = nearest(option, fields) if fields else "It has none."
-            raise UsageError(f"{name} has no option {option!r}.", "", has)
-        expected = type(fields[option].default)
+            raise UsageError(
+                f"{name} has no option {option!r}.",
+                nearest(option, fields) if fields else "It has none.",
+                f"`edgepeft methods {name}` says what it has.",
+            )
         if isinstance(value, list):
             (options := dict(options or {}))[option] = value = tuple(value)
-        right = isinstance(value, (int, float) if expected is float else expected)
-        if expected is tuple:
-            right = right and all(isinstance(item, str) for item in value)
-        if not right or isinstance(value, bool) != (expected is bool):
+        default = fields[option].default
+        if not _is(value, type(default)):
             raise UsageError(
-                f"{name}: {option} = {value!r} is not of type {expected.__name__}.",
-                "",
-                f"Its default is {fields[option].default!r}.",
+                f"{name} cannot work with {option} = {value!r}.",
+                f"It must be {_EXPECTED[type(default)]}.",
+                f"Its default is {default!r}; `edgepeft methods {name}` says what it is.",
             )
     return method(**(options or {}))
+
+
+_EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    tuple: "a list of texts",
+}
+
+
+def _is(value: object, expected: type) -> bool:
+    """Whether a recipe's value fits a field whose default is of this type; whole numbers are numbers too."""
+    if isinstance(value, bool) or expected is bool:
+        return isinstance(value, bool) and expected is bool
+    if expected is float:
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    if expected is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    return isinstance(value, expected)
 
 
 def _class_in(module_name: str) -> type[Method]:
