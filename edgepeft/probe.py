@@ -51,7 +51,12 @@ def record(configuration: Configuration, *, whole: bool) -> Recording:
     Phases: ``loading``, ``forward+backward`` and ``update`` (of every stage, in the steady state) and, if ``whole``,
     ``evaluation`` at the training's microbatch and ``merge``, which ends in fp32 and includes its own evaluations.
     """
-    with precision.emulating(bf16=configuration.bf16), fake_device(cuda=configuration.cuda) as tracker, _quietly():
+    with (
+        precision.emulating(bf16=configuration.bf16),
+        fake_device(cuda=configuration.cuda) as tracker,
+        _quietly(),
+        _collecting_only_ours(),
+    ):
         found = Recording(tracker, {})
         method = base.create(configuration.method, configuration.options)
         with tracker.phase("loading"):
@@ -219,6 +224,16 @@ def _phase(found: Recording, name: str) -> Iterator[None]:
     finally:
         gc.enable()
         _current.pop()
+
+
+@contextlib.contextmanager
+def _collecting_only_ours() -> Iterator[None]:
+    """The collections before each phase need not look through all that the imported libraries hold."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 _current: list[list[tuple[tuple[str, int, int], int]]] = []

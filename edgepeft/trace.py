@@ -13,12 +13,13 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from edgepeft import cuda_semantics
+from edgepeft.recall import RecallingMode, describe
 from edgepeft.roofline import Work
 from edgepeft.work import Tally
 
@@ -55,6 +56,7 @@ class Tracker(TorchDispatchMode):
 
     def __init__(self, *, cuda: cuda_semantics.Device | bool) -> None:
         super().__init__()
+        self.fake: RecallingMode | None = None
         self.cuda = cuda_semantics.Device() if cuda is True else cuda or None
         self.phases: dict[str, _Phase] = {}
         self._phase: _Phase | None = None
@@ -65,6 +67,10 @@ class Tracker(TorchDispatchMode):
         self._kind: dict[int, str] = {}
         self._blas: set[bool] = set()  # the threads (is it backward's?) whose cuBLAS handle has its workspace
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the guard against it costs much of a trace's time
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # more than half of all calls, and none allocates
             return args[0].fake_device
@@ -72,10 +78,14 @@ class Tracker(TorchDispatchMode):
             self._blas_workspace(self.cuda)
         if func is torch.ops.aten.add.Tensor and _accumulates_in_place(args):
             func = torch.ops.aten.add_.Tensor
-        result = func(*args, **(kwargs or {}))
+        signature, tensors = describe(func, args, kwargs) if self.fake is not None else (None, [])
+        if signature is not None and self.fake is not None and self.fake.knows(signature):
+            result = self.fake.recall(signature, tensors)
+        else:
+            result = func(*args, **(kwargs or {}))
         if self._phase is not None:
-            self._phase.tally.add(func, args, kwargs or {}, result)
-        for leaf in tree_leaves(result):
+            self._phase.tally.add(func, args, kwargs or {}, result, signature)
+        for leaf in (result,) if type(result) is FakeTensor else tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.layout is torch.strided:  # a sparse one is made of others
                 self._follow(leaf)
         for hidden in cuda_semantics.workspace_bytes(func, args, cuda=self.cuda is not None):
@@ -255,8 +265,9 @@ def fake_device(*, cuda: cuda_semantics.Device | bool) -> Iterator[Tracker]:
     import bitsandbytes  # noqa: F401  # before: its tables are tensors, and must not be fake for the rest of the process
 
     tracker = Tracker(cuda=cuda)
+    tracker.fake = RecallingMode()
     emulated = cuda_semantics.emulated(tracker.cuda) if tracker.cuda else contextlib.nullcontext()
-    with FakeTensorMode(), emulated, _not_packed():
+    with tracker.fake, emulated, _not_packed():
         yield tracker
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -44,11 +44,23 @@ class Tally:
     def __init__(self) -> None:
         self._seen: Counter[tuple[_Call, bool]] = Counter()
 
-    def add(self, operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        """Count one call of a dispatcher operator."""
+    def add(
+        self,
+        operator: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        result: Any,
+        signature: Hashable | None = None,
+    ) -> None:
+        """Count one call of a dispatcher operator; calls with the same ``signature``, if it has one, count alike."""
         if operator.namespace in ("prim", "profiler"):
             return
-        self._seen[_call(operator, args, kwargs, result), bool(_growing)] += 1
+        call = _calls.get(signature)
+        if call is None:
+            call = _call(operator, args, kwargs, result)
+            if signature is not None:
+                _calls[signature] = call
+        self._seen[call, bool(_growing)] += 1
 
     def work(self) -> dict[str, Work]:
         """What was counted."""
@@ -103,6 +115,9 @@ class _Call(NamedTuple):
     calls: int
     flops: int
     sizes: tuple[int, ...]
+
+
+_calls: dict[Hashable, _Call] = {}
 
 
 def _add(sums: dict[str, Work], kind: str, *work: int) -> None:

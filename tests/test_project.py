@@ -29,6 +29,7 @@ FLOORS = (
         "counts",
         "cuda_semantics",
         "allocator",
+        "recall",
         "trace",
         "work",
         "events",
