@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from edgepeft.errors import EdgePeftError
 from edgepeft.interop import low_rank, products, prompts, scales
@@ -48,6 +48,11 @@ def tensors(path: Path) -> Tensors:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise damaged(path, f"It is missing or damaged: {str(error).splitlines()[0]}.") from error
+
+
+def save(tensors: Tensors, path: Path) -> None:
+    """Write a safetensors file."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def damaged(path: Path, cause: str) -> EdgePeftError:

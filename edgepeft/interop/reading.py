@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from edgepeft import adapter, backbone
 from edgepeft.anatomy import ROLES
@@ -74,7 +73,7 @@ def read(folder: Path, target: Path, model: str | None = None) -> tuple[str, ...
         seed=before.seed if before else 0,
     )
     with atomic_directory(target) as inside:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, inside / adapter.TENSORS)
+        folders.save(tensors, inside / adapter.TENSORS)
         write_json(inside / adapter.CARD, asdict(card))
     if not missing:
         return found.notes

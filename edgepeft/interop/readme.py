@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from edgepeft import backbone
 from edgepeft.adapter import Card
 from edgepeft.backbone import Backbone, Source
@@ -23,7 +25,8 @@ _NF4 = (
 def of(card: Card, made: Backbone) -> str:
     """Markdown with a program that loads backbone and adapter, labels by name, as they were trained."""
     source = backbone.resolve(card.model)
-    arguments = [repr(source.location)]
+    where = Path(source.location)
+    arguments = [repr(str(where.resolve()) if where.exists() else source.location)]  # the program runs in its folder
     imports = [_LOADERS[card.task]]
     if source.gguf:
         arguments.append(f"gguf_file={source.gguf!r}")

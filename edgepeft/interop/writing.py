@@ -6,8 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from edgepeft import adapter, backbone
 from edgepeft.errors import UsageError
 from edgepeft.files import atomic_directory, write_json
@@ -65,7 +63,7 @@ def write(folder: Path, target: Path) -> tuple[str, ...]:
         **({"fan_in_fan_out": True} if turned and form is not scales.LN_TUNING else {}),
     }
     with atomic_directory(target) as inside:
-        save_file({name: tensor.contiguous() for name, tensor in named.items()}, inside / folders.WEIGHTS)
+        folders.save(named, inside / folders.WEIGHTS)
         write_json(inside / folders.CONFIG, config)
         write_json(inside / adapter.CARD, asdict(card))
         (inside / "README.md").write_text(readme.of(card, made), encoding="utf-8")
