@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,26 @@ class Change:
 
     parameters: int
     rank: int
+
+
+def training(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What training took, of ``ledger.Row.stages``: the largest stage's parameters and peak, and the speed of all."""
+    seconds = sum(stage["seconds"] for stage in stages)
+    return {
+        "trained_parameters": max(stage["trained"] for stage in stages),
+        "training_peak_bytes": max(stage["peak_bytes"] for stage in stages),
+        "training_tokens_per_second": sum(stage["tokens"] for stage in stages) / max(seconds, 1e-9),
+    }
+
+
+@torch.no_grad()
+def beside(before: nn.Module, adapter: Mapping[str, Tensor]) -> int:
+    """Numbers in an adapter that its backbone, in fp32, does not have or has otherwise: what is changed unmerged."""
+    own = dict(before.named_parameters())
+    return sum(
+        int((tensor.to(own[name]) != own[name]).sum()) if name in own else tensor.numel()
+        for name, tensor in adapter.items()
+    )
 
 
 @torch.no_grad()

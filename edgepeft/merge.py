@@ -81,9 +81,9 @@ def _merged(backbone: Backbone, method: Method, name: str, batches: Sequence[Bat
     model: Any = backbone.model
     model.eval()
     to_full_precision(model)
-    before, unmerged = _read(model, batches[:COMPARED])
+    before, unmerged = read(model, batches[:COMPARED])
     method.merge(model)
-    after, merged = _read(model, batches[:COMPARED])
+    after, merged = read(model, batches[:COMPARED])
     deviation = relative_difference(before, after)
     if not deviation <= TOLERANCE:  # also refuses NaN
         raise EdgePeftError(
@@ -95,7 +95,7 @@ def _merged(backbone: Backbone, method: Method, name: str, batches: Sequence[Bat
     return model, Row(artefact=name, metrics=evaluate(model, batches), deviation=deviation, counts=counts)
 
 
-def _read(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Tensor], float]:
+def read(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Tensor], float]:
     """The model's logits, and how many tokens it read a second in fp32, after a warm-up."""
     sample_logits(model, batches[:1])
     started = time.perf_counter()

@@ -145,7 +145,8 @@ class _Job:
                 artefact="adapter",
                 metrics=done.metrics,
                 bytes=size_bytes(self.space.adapter),
-                counts={"trained_parameters": done.trained_parameters},
+                counts=counts.training(done.stages),
+                stages=done.stages,
             ),
         )
         self.space.finish("train", inputs)
@@ -156,12 +157,14 @@ class _Job:
     def merge(self) -> None:
         """Merge into a Hugging Face folder, if the method merges."""
         method = base.create(self._needs("method"), self.recipe.options)
-        if not method.merges:
-            self.say(f"merge: {method.name} stays beside its backbone; it is exported as it is")
-            return
         inputs = self._after_training()
         if self.space.done("merge", inputs):
             self.say("merge: done before")
+            return
+        if not method.merges:
+            self._beside()
+            self.space.finish("merge", inputs)
+            self.say(f"merge: {method.name} stays beside its backbone; it is exported as it is")
             return
         try:
             rows = merging.merge(
@@ -173,6 +176,8 @@ class _Job:
                 out=self.space.merged,
             )
         except base.NotMergeable as error:
+            self._beside()
+            self.space.finish("merge", inputs)
             self.say(f"merge: {method.name} stays beside its backbone: {error.cause} It is exported as it is")
             return
         rows[-1] = dataclasses.replace(rows[-1], counts={**rows[-1].counts, **self._changed(method, rows[-1])})
@@ -200,6 +205,21 @@ class _Job:
     def _merged(self) -> Backbone:
         where = backbone.resolve(str(self.space.merged))
         return backbone.load(where, task=self.data.task, at="fp32", labels=self.data.labels or None)
+
+    def _beside(self) -> None:
+        """What an adapter that does not merge changed, and how fast the backbone reads with it and without."""
+        row = ledger.find(self.space.ledger, "adapter") or Row(artefact="adapter")
+        batches = training.validation_batches(self.data, self.recipe)[: merging.COMPARED]
+        trained, plain = self._trained(self._needs("precision")).model, self._load(self._needs("precision")).model
+        added = base.state(trained)
+        for model in (trained, plain):
+            merging.to_full_precision(model)
+        found = {
+            "changed_parameters": counts.beside(plain, added),
+            "tokens_per_second_unmerged": merging.read(trained, batches)[1],
+            "tokens_per_second_backbone": merging.read(plain, batches)[1],
+        }
+        ledger.record(self.space.ledger, dataclasses.replace(row, counts={**row.counts, **found}))
 
     def _changed(self, method: base.Method, merged: Row) -> dict[str, float]:
         """What training changed in the backbone that the kept merge was made of."""

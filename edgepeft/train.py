@@ -44,14 +44,15 @@ class Interrupted(EdgePeftError):
 
 @dataclass(frozen=True)
 class Trained:
-    """How training ended: where the best adapter is, its metrics, the peak of tensor bytes that was measured, and the
-    parameters trained in the stage with the most.
+    """How training ended: where the best adapter is, its metrics, the peak of tensor bytes that was measured, the
+    parameters trained in the stage with the most, and what each stage took (``ledger.Row.stages``).
     """
 
     adapter: Path
     metrics: dict[str, float]
     measured_peak_bytes: int
     trained_parameters: int
+    stages: list[dict[str, Any]]
 
 
 @dataclass
@@ -353,18 +354,19 @@ class _Run:
         adapter.save(self.out / "adapter", self.model, self.card)
         self.model.eval()
         assert self.progress.best is not None
+        stages = [{**s, "tokens_per_second": s["tokens"] / max(s["seconds"], 1e-9)} for s in self.progress.stages]
         log.write(
             "end",
             self.progress.step,
             measured_peak_bytes=self.progress.peak_bytes,
             seconds=self.progress.sum("seconds"),
             tokens_per_second=self.progress.sum("tokens") / max(self.progress.sum("seconds"), 1e-9),
-            stages=[{**s, "tokens_per_second": s["tokens"] / max(s["seconds"], 1e-9)} for s in self.progress.stages],
+            stages=stages,
             metrics=self.progress.best,
             best_step=self.progress.best_step,
         )
-        most = max(stage["trained"] for stage in self.progress.stages)
-        return Trained(self.out / "adapter", self.progress.best, self.progress.peak_bytes, most)
+        most = max(stage["trained"] for stage in stages)
+        return Trained(self.out / "adapter", self.progress.best, self.progress.peak_bytes, most, stages)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:  # a second Ctrl-C does not wait for the step to end
