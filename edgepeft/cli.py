@@ -47,6 +47,9 @@ def profiles(
         tables.profiles(found)
 
 
+_LISTED = ("name", "kind", "merges", "paper")  # of a method, where all are listed; one alone is told in full
+
+
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method.")] = None, as_json: flags.Json = False
@@ -57,7 +60,7 @@ def methods(
 
     found = [base.describe(base.find(name))] if name else base.catalogue()
     if as_json:
-        _print_json(found[0] if name else found)
+        _print_json(found[0] if name else [{key: each[key] for key in _LISTED} for each in found])
     elif name:
         tables.method(found[0])
     else:

@@ -86,17 +86,22 @@ def profile(each: Hardware) -> None:
 
 def methods(found: Sequence[Mapping[str, Any]]) -> None:
     """All methods, a line each, by the survey's taxonomy."""
-    table = Table("method", "merges", *_SAVED, "costs at inference", box=None, header_style="bold")
-    table.add_column("paper", no_wrap=True, max_width=60)
+    table = Table("method", "merges", *_SAVED, box=None, header_style="bold", expand=True)
+    table.add_column("paper", no_wrap=True, ratio=1)  # cut where there is no room
     for kind in dict.fromkeys(each["kind"] for each in found):
         table.add_section()
         table.add_row(kind, style="bold")
         for each in (each for each in found if each["kind"] == kind):
             names = ", ".join([each["name"], *(f"{alias} (on {at})" for alias, at in each["aliases"].items())])
             marks = ["✓" if holds else "" for holds in (each["merges"], *(kind in each["saves"] for kind in _SAVED))]
-            table.add_row(f"  {names}", *marks, each["overhead"], each["paper"])
-    _screen.print(table)
-    _screen.print("disk, memory, backpropagation: what it saves, compared with full fine-tuning.", style="dim")
+            table.add_row(f" {names}", *marks, each["paper"])
+    Console(width=max(_screen.width, 120)).print(table)
+    _screen.print(
+        "merges: nothing is left of it at inference. disk, memory, backpropagation: what it saves, compared with full "
+        "fine-tuning. `edgepeft methods NAME` shows its options and their defaults.",
+        style="dim",
+        highlight=False,
+    )
 
 
 _SAVED = ("disk", "memory", "backpropagation")
@@ -105,12 +110,20 @@ _SAVED = ("disk", "memory", "backpropagation")
 def method(each: Mapping[str, Any]) -> None:
     """One method with its hyper-parameters."""
     merges = "it merges" if each["merges"] else f"it does not merge, and at inference costs {each['overhead']}"
-    say(f"{each['name']} ({each['kind']}): {each['summary']}\n{each['paper']}")
-    say(f"It saves {', '.join(each['saves']) or 'nothing'}; {merges}.")
-    table = Table("option", "default", "meaning", box=None, header_style="bold")
+    lines = (
+        f"{each['name']} ({each['kind']}): {each['summary']}",
+        each["paper"],
+        f"It saves {', '.join(each['saves']) or 'nothing'}; {merges}.",
+        *(f"{alias} is {each['name']} on {at}." for alias, at in each["aliases"].items()),
+    )
+    for line in lines:
+        _screen.print(line, highlight=False, markup=False, soft_wrap=True)
+    table = Table("--set", "default", "meaning", box=None, header_style="bold")
     for option in each["options"]:
-        table.add_row(option["name"], repr(option["default"]), option["meaning"])
-    table.add_row("lr", f"{each['learning_rate']:g}", "learning rate a run starts from (--set lr=...)")
+        default = option["default"]
+        shown = ", ".join(default) if isinstance(default, tuple) else default
+        table.add_row(f"options.{option['name']}", str(shown), option["meaning"])
+    table.add_row("lr", f"{each['learning_rate']:g}", "Learning rate a run starts from.")
     _screen.print(table)
 
 
