@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from edgepeft.ledger import Row
 from edgepeft.methods.base import Method
 from edgepeft.placements import selection
 from edgepeft.step import Batch
+from edgepeft.watch import peak
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,13 +30,14 @@ COMPARED = 4  # microbatches whose logits are compared
 
 
 def merge(
-    backbone: Backbone,
+    trained: Callable[[str], Backbone],
+    at: str,
     method: Method,
     *,
-    original: Callable[[], Backbone],
     batches: Sequence[Batch],
     tokenizer: PreTrainedTokenizerFast,
     out: Path,
+    phases: MutableMapping[str, int],
 ) -> list[Row]:
     """Merge a trained model into a Hugging Face folder ``out``, in fp32.
 
@@ -44,9 +46,10 @@ def merge(
     better is kept. What packing the merged weights again would do is measured too.
 
     Args:
-        backbone: with the trained adapter in it; it is consumed.
-        original: makes the same with the weights as they were before packing; called only for a packed backbone.
+        trained: loads the backbone at a precision, with the trained adapter in it.
+        at: the precision it was trained at.
         batches: held-out examples.
+        phases: where the most bytes of tensors that merging held are noted, as ``merge``.
 
     Returns:
         The ledger's rows, the kept one last.
@@ -55,24 +58,30 @@ def merge(
         EdgePeftError: the merged model does not compute what the unmerged one does.
         NotMergeable: the method does not merge.
     """
-    at = backbone.precision
-    into = "dequantised" if precision.is_packed(at) else at
-    merged, row = _merged(backbone, method, f"merged-{into}", batches)
-    rows, kept = [row], merged
-    if precision.is_packed(at) and not method.packs_its_own:
-        other, row = _merged(original(), method, "merged-original", batches)
-        rows.append(row)
-        if better(backbone.task, row.metrics, rows[0].metrics):
-            kept, merged = other, kept
-        rows = [replace(r, kept=(r is row) == (kept is other)) for r in rows]
-        del other
+    packed = precision.is_packed(at)
+    rows: list[Row] = []
     with atomic_directory(out) as folder:
-        save(kept, folder, tokenizer)
-    if precision.is_packed(at):
-        repack(kept, backbone.anatomy, at)
-        note = f"What {at} would make of the merged weights again; not used."
-        rows.append(Row(artefact=f"merged-{at}", metrics=evaluate(kept, batches), kept=False, note=note))
-    rows.sort(key=lambda row: row.kept)
+
+        def merge_into(backbone: Backbone, into: str) -> None:
+            """Leave the result in ``folder`` if it is better than what is there; only one model is held at a time."""
+            model, row = _merged(backbone, method, f"merged-{into}", batches)
+            if rows and not better(backbone.task, row.metrics, rows[-1].metrics):
+                rows.insert(0, replace(row, kept=False))
+                return
+            save(model, folder, tokenizer)
+            rows[:] = [replace(other, kept=False) for other in rows if other.artefact != f"merged-{at}"]
+            if packed:
+                repack(model, backbone.anatomy, at)
+                note = f"What {at} would make of the merged weights again; not used."
+                rows.append(Row(artefact=f"merged-{at}", metrics=evaluate(model, batches), kept=False, note=note))
+            rows.append(row)
+
+        originals = ["original"] if packed and not method.packs_its_own else []
+        for into in ["dequantised" if packed else at, *originals]:
+            backbone = trained("fp32" if into == "original" else at)
+            with peak(phases, "merge", backbone.model):
+                merge_into(backbone, into)
+            del backbone
     rows[-1] = replace(rows[-1], bytes=size_bytes(out))
     return rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -107,7 +108,8 @@ class _Job:
             checkpointing=chosen.checkpointing,
         )
         exact = self._plan(self.recipe, size, accumulates=size != recipe.global_batch).chosen()
-        write_json(self.space.plan, {**found.as_json(), "predicted_peak_bytes": exact.step_bytes, "bytes": exact.bytes})
+        predicted = {"predicted_peak_bytes": exact.step_bytes, "predicted_phases": exact.phases, "bytes": exact.bytes}
+        write_json(self.space.plan, {**found.as_json(), **predicted})
         recipes.write(self.recipe, self.space.recipe)
         self.say(f"plan: {self._choice()}; {exact.step_bytes / 2**30:.2f} GiB of tensors predicted. {found.why}")
 
@@ -166,14 +168,16 @@ class _Job:
             self.space.finish("merge", inputs)
             self.say(f"merge: {method.name} stays beside its backbone; it is exported as it is")
             return
+        held: dict[str, int] = {}
         try:
             rows = merging.merge(
-                self._trained(self._needs("precision")),
+                self._trained,
+                self._needs("precision"),
                 method,
-                original=lambda: self._trained("fp32"),
                 batches=training.validation_batches(self.data, self.recipe),
                 tokenizer=self.tokenizer,
                 out=self.space.merged,
+                phases=held,
             )
         except base.NotMergeable as error:
             self._beside()
@@ -182,6 +186,7 @@ class _Job:
             return
         rows[-1] = dataclasses.replace(rows[-1], counts={**rows[-1].counts, **self._changed(method, rows[-1])})
         ledger.record(self.space.ledger, *rows)
+        write_json(self.space.plan, {**self._planned(), "measured_phases": held})
         self.space.finish("merge", inputs)
         for row in rows:
             self.say(f"merge: {row.artefact}: {_shown(row.metrics)}{'' if row.kept else ' (not kept)'}")
@@ -273,16 +278,17 @@ class _Job:
         return f"{self.recipe.method} on {self.recipe.precision}, microbatch {self.recipe.microbatch}{again}"
 
     def _start(self, trainable: int) -> dict[str, Any]:
-        import json
-
-        planned = json.loads(self.space.plan.read_text(encoding="utf-8"))
         return {
-            "predicted_peak_bytes": planned["predicted_peak_bytes"],
+            "predicted_peak_bytes": self._planned()["predicted_peak_bytes"],
             "trainable": trainable,
             "method": self.recipe.method,
             "precision": self.recipe.precision,
             "hardware": self.hardware.name,
         }
+
+    def _planned(self) -> dict[str, Any]:
+        planned: dict[str, Any] = json.loads(self.space.plan.read_text(encoding="utf-8"))
+        return planned
 
     def _load(self, at: str, pack: backbone.Packing | None = None) -> Backbone:
         return backbone.load(

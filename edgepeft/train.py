@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import signal
@@ -30,7 +31,7 @@ from edgepeft.methods.base import Method
 from edgepeft.recipe import Recipe
 from edgepeft.schedule import learning_rate, legs, total_steps
 from edgepeft.step import Batch, TrainingStep
-from edgepeft.trace import Tracker
+from edgepeft.watch import peak
 
 CHECKPOINT_SECONDS = 600  # at most this much work is lost to a kill
 MEASURED_STEPS = 2  # of each stage: in the second the longest batch meets optimizer states and others' gradients
@@ -64,12 +65,14 @@ class _Progress:
     best_step: int = 0
     waited: int = 0  # evaluations since the best
     stages: list[dict[str, Any]] = field(default_factory=list)  # what each stage that began took
+    phases: dict[str, int] = field(default_factory=dict)  # most bytes of tensors, by the names that a plan has for them
 
     def sum(self, what: str) -> Any:
         return sum(stage[what] for stage in self.stages)
 
     @property
     def peak_bytes(self) -> int:
+        """Of the steps alone."""
         return max((stage["peak_bytes"] for stage in self.stages), default=0)
 
 
@@ -205,9 +208,9 @@ class _Run:
                 if evaluated := self._is_evaluated():
                     self._evaluate(log)
                 if evaluated or ended or self.interrupted or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    checkpoint.save(
-                        self.out / "checkpoints", self.model, self.step.optimizer, dict(vars(self.progress))
-                    )
+                    with self._watched_once("checkpoint"):
+                        state = dict(vars(self.progress))
+                        checkpoint.save(self.out / "checkpoints", self.model, self.step.optimizer, state)
                     log.write("checkpoint", self.progress.step)
                     saved = time.monotonic()
                 if self.interrupted:
@@ -268,13 +271,17 @@ class _Run:
         if step == leg.first:
             self._begin_accounts()
         lr = learning_rate(self.recipe, self.rate, step - leg.first + 1, leg.last - leg.first + 1)
-        loss, norm, peak_bytes = self._measured(microbatches, lr, step)
+        watched: dict[str, int] = {}
+        loss, norm = self._update(microbatches, lr, step, watched)
         seconds = time.perf_counter() - started
         tokens = sum(batch["input_ids"].numel() for batch in microbatches)
         self.progress.step = step
         took = self.progress.stages[-1]
         took["updates"] += 1
-        took["peak_bytes"] = max(took["peak_bytes"], peak_bytes)
+        took["peak_bytes"] = max(took["peak_bytes"], *watched.values(), 0)
+        prefix = f"{leg.stage.name}: " if len(self.legs) > 1 else ""
+        for name, size in watched.items():
+            self.progress.phases[prefix + name] = max(self.progress.phases.get(prefix + name, 0), size)
         took["seconds"] += seconds
         took["tokens"] += tokens
         return {
@@ -292,29 +299,30 @@ class _Run:
         self.progress.stages.append(
             {"name": name, "trained": trained, "updates": 0, "peak_bytes": 0, "seconds": 0.0, "tokens": 0}
         )
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
 
-    def _measured(self, microbatches: list[Batch], lr: float, step: int) -> tuple[float, float | None, int]:
-        """Loss and norm of one update, and the most bytes of tensors that were held."""
-        if self.device.type == "cuda":
-            return *self._update(microbatches, lr, step), torch.cuda.max_memory_allocated(self.device)
-        if step >= self.legs[self.leg].first + MEASURED_STEPS:
-            return *self._update(microbatches, lr, step), 0
-        tracker = Tracker(cuda=False)
-        tracker.label([*self.model.parameters(), *self.model.buffers()], "weights")
-        tracker.label_optimizer(self.step.optimizer)
-        with tracker.phase("step"):
-            loss, norm = self._update(microbatches, lr, step)
-        return loss, norm, tracker.peaks()["step"].peak_bytes
-
-    def _update(self, microbatches: list[Batch], lr: float, step: int) -> tuple[float, float | None]:
-        loss = self._finite(float(self.step.backward(microbatches, lr)), "loss", step)
+    def _update(
+        self, microbatches: list[Batch], lr: float, step: int, watched: dict[str, int]
+    ) -> tuple[float, float | None]:
+        """Loss and norm of one update. What its phases hold goes into ``watched`` in the first updates of a stage."""
         leg = self.legs[self.leg]
+        watching = self.device.type == "cuda" or step < leg.first + MEASURED_STEPS
+
+        def phase(name: str) -> contextlib.AbstractContextManager[None]:
+            return peak(watched, name, self.model, self.step.optimizer) if watching else contextlib.nullcontext()
+
+        with phase("forward+backward"):
+            loss = self._finite(float(self.step.backward(microbatches, lr)), "loss", step)
         if step == leg.first and not self.method.updates_in_backward:
             _check_gradients(self.model)
-        norm = self.step.update((step - leg.first + 1) / (leg.last - leg.first + 1))
+        with phase("update"):
+            norm = self.step.update((step - leg.first + 1) / (leg.last - leg.first + 1))
         return loss, None if norm is None else self._finite(float(norm), "gradient's norm", step)
+
+    def _watched_once(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Measure a phase, unless it was measured before: all its repetitions hold the same."""
+        if name in self.progress.phases:
+            return contextlib.nullcontext()
+        return peak(self.progress.phases, name, self.model, self.step.optimizer)
 
     def _finite(self, value: float, what: str, step: int) -> float:
         """``value``, before anything is written that depends on it."""
@@ -335,7 +343,8 @@ class _Run:
         return (self.progress.step - leg.first + 1) % self.interval == 0 or self.progress.step == leg.last
 
     def _evaluate(self, log: events.EventLog) -> None:
-        metrics = evaluate(self.model, validation_batches(self.data, self.recipe))
+        with self._watched_once("evaluation"):
+            metrics = evaluate(self.model, validation_batches(self.data, self.recipe))
         self._finite(metrics["loss"], "validation loss", self.progress.step)
         last = self.legs[self.leg].last == self.total  # an adapter is what the last stage trains
         best = last and better(self.backbone.task, metrics, self.progress.best)
@@ -359,6 +368,7 @@ class _Run:
             "end",
             self.progress.step,
             measured_peak_bytes=self.progress.peak_bytes,
+            measured_phases=self.progress.phases,
             seconds=self.progress.sum("seconds"),
             tokens_per_second=self.progress.sum("tokens") / max(self.progress.sum("seconds"), 1e-9),
             stages=stages,

@@ -92,17 +92,15 @@ def test_a_saved_adapter_finds_the_same_packed_weights_and_merges_into_those_alo
     class Unsaved:
         def save_pretrained(self, folder: Path) -> None: ...
 
-    def original() -> backbone.Backbone:
-        raise AssertionError("its adapter does not fit the original weights")
+    asked = []
 
-    rows = merge(
-        again,
-        same,
-        original=original,
-        batches=[batch],
-        tokenizer=Unsaved(),
-        out=tmp_path / "merged",
-    )
+    def trained(at: str) -> backbone.Backbone:
+        asked.append(at)
+        return again
+
+    folder, held = tmp_path / "merged", dict[str, int]()
+    rows = merge(trained, "nf4", same, batches=[batch], tokenizer=Unsaved(), out=folder, phases=held)
+    assert asked == ["nf4"], "its adapter does not fit the original weights"
     assert [row.artefact for row in rows] == ["merged-nf4", "merged-dequantised"] and rows[-1].kept
     merged = backbone.load(backbone.resolve(str(tmp_path / "merged")), task="causal-lm", at="fp32")
     found, expected = sample_logits(merged.model, [batch])[0], sample_logits(made.model, [batch])[0]

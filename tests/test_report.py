@@ -174,6 +174,18 @@ def test_error_of_the_prediction_is_a_share_of_the_measurement(run: Path) -> Non
     assert f"{100 * (MEASURED - PREDICTED) / MEASURED:.1f} % below the measurement" in shown.text
 
 
+def test_phases_are_held_against_what_was_measured(run: Path) -> None:
+    gib = 2**30
+    planned = {"loading": gib, "forward+backward": 3 * gib, "merge": 2 * gib}
+    write_json(run / "plan.json", {**PLAN, "predicted_phases": planned, "measured_phases": {"merge": 4 * gib}})
+    ended = {"event": "end", "step": 400, "measured_phases": {"forward+backward": 2 * gib, "evaluation": gib}}
+    write_text(run / "events.jsonl", lines([*events(), ended]))
+    rows = {row[0]: row[1:] for row in page(run).rows if len(row) == 4}
+    assert rows["forward+backward"] == ["3.00 GiB", "2.00 GiB", "+50.0 %"]
+    assert rows["merge"] == ["2.00 GiB", "4.00 GiB", "-50.0 %"]
+    assert rows["loading"] == ["1.00 GiB", "", ""] and rows["evaluation"] == ["", "1.00 GiB", ""]
+
+
 def test_every_candidate_is_shown_and_the_choice_comes_first(run: Path) -> None:
     shown = page(run)
     rows = [row for row in shown.rows if len(row) == 6 and row[1] in ("fp32", "bf16", "nf4")]

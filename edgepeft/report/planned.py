@@ -59,7 +59,30 @@ def peak_section(run: Run) -> Html:
         error = (predicted - measured) / measured
         side = "above" if error >= 0 else "below"
         verdict = f"The prediction is {percent(abs(error))} {side} the measurement."
-    return join(tag("dl", *rows), tag("p", verdict))
+    return join(tag("dl", *rows), tag("p", verdict), _phases(run))
+
+
+def _phases(run: Run) -> Html | None:
+    """Every phase that was predicted or measured; those of which only one is known say so by an empty cell."""
+    predicted: dict[str, int] = (run.plan or {}).get("predicted_phases") or {}
+    measured: dict[str, int] = {
+        **run.last("end").get("measured_phases", {}),
+        **((run.plan or {}).get("measured_phases") or {}),  # of what comes after training
+    }
+    if not measured:
+        return None
+    columns = ("phase", "predicted", "measured", "error")
+    rows = []
+    for name in dict.fromkeys((*predicted, *measured)):
+        both = predicted.get(name), measured.get(name)
+        error = f"{100 * (both[0] / both[1] - 1):+.1f} %" if both[0] is not None and both[1] else ""
+        sizes = ("" if size is None else memory(size) for size in both)
+        rows.append(
+            tag("tr", *(cell(value, column) for value, column in zip((name, *sizes, error), columns, strict=True)))
+        )
+    head = tag("thead", tag("tr", *(tag("th", column, scope="col") for column in columns)))
+    note = "Bytes of tensors at the peak of each phase. Without a measurement: not reached, or not to be followed here."
+    return join(tag("table", head, tag("tbody", *rows)), tag("p", note, class_="note"))
 
 
 def _peak_bar(name: str, value: int, scale: int) -> Html:

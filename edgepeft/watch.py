@@ -1,0 +1,37 @@
+"""The most that each phase of real work holds: what the phases of a plan are held against."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, MutableMapping
+
+import torch
+from torch import nn
+
+from edgepeft.trace import Tracker
+
+
+@contextlib.contextmanager
+def peak(
+    phases: MutableMapping[str, int], name: str, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> Iterator[None]:
+    """Note in ``phases`` the most bytes of tensors that were held inside, if it is more than was noted before.
+
+    On CUDA the allocator counts; elsewhere every operator is followed, which costs time, so that a phase which is
+    repeated is watched a few times only. Threads other than this one are not seen there.
+    """
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield
+        found = torch.cuda.max_memory_allocated(device)
+    else:
+        tracker = Tracker(cuda=False)
+        tracker.label([*model.parameters(), *model.buffers()], "weights")
+        tracker.label([p.grad for p in model.parameters() if p.grad is not None], "gradients")
+        if optimizer is not None:
+            tracker.label_optimizer(optimizer)
+        with tracker.phase(name):
+            yield
+        found = tracker.peaks()[name].peak_bytes
+    phases[name] = max(phases.get(name, 0), found)
