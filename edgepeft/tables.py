@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from edgepeft import evidence
+from edgepeft.report import heatmap, markup
 
 if TYPE_CHECKING:  # each command loads what it shows; help and profiles must not wait for torch
     from edgepeft.hardware import Hardware
     from edgepeft.inferplan import InferencePlan
     from edgepeft.ledger import Row
-    from edgepeft.plan import Plan
+    from edgepeft.plan import Candidate, Plan
 
 GiB = 2**30
-WIDE = 160  # columns of a plan; narrower, its numbers would be cut
+WIDE = 184  # columns of a plan; narrower, its numbers would be cut
 _screen = Console()
 _aside = Console(stderr=True)
 
@@ -147,6 +149,9 @@ def plan(found: Plan) -> None:
     ):
         table.add_column(column, justify="right")
     table.add_column("in")
+    timed = [f"est. {column}" for column in ("s/update", "tokens/s", *([] if found.updates is None else ["hours"]))]
+    for column in timed:
+        table.add_column(column, justify="right")
     for number, each in enumerate(found.candidates):
         mark = "→" if number == found.choice else each.verdict
         sizes = [each.process_bytes, each.peak_bytes, *(each.bytes.get(kind, 0) for kind in _KINDS)]
@@ -158,6 +163,7 @@ def plan(found: Plan) -> None:
             str(each.microbatch),
             *(f"{size / GiB:.2f}" for size in sizes),
             each.phase,
+            *_times(found, each)[: len(timed)],
             style="bold" if number == found.choice else None if each.fits else "dim",
         )
     Console(width=max(_screen.width, WIDE)).print(table)
@@ -166,6 +172,7 @@ def plan(found: Plan) -> None:
         "fits (1 where none does); TIGHT uses the margin.",
         style="dim",
     )
+    _screen.print(found.times, style="dim", highlight=False)
     for method in dict.fromkeys(each.method for each in found.candidates):
         for line in evidence.of(method):
             _screen.print(f"{method}: {line}", style="dim", highlight=False)
@@ -175,6 +182,62 @@ def plan(found: Plan) -> None:
         _screen.print(f"{method} was left out: {reason}", style="dim", highlight=False)
     if found.choice is not None:
         _screen.print(f"Choice: {found.why}", highlight=False)
+        if (job := _job(found)) is not None:
+            _screen.print(job, highlight=False)
+
+
+def machines(plans: Sequence[Mapping[str, Any]]) -> None:
+    """Machines by methods for one model, as ``Plan.as_json`` gives the plans: the largest microbatch that fits.
+
+    The more fits, the greener.
+    """
+    ordered, names = heatmap.ordered(plans)
+    title = f"{ordered[0]['model']}: the largest microbatch, at the most exact precision that fits"
+    table = Table("machine", box=None, header_style="bold", padding=(0, 1, 0, 0))
+    table.add_column("free", justify="right")
+    for name in names:
+        table.add_column(name, justify="center", no_wrap=True)
+    for each in ordered:
+        cells = (_cell(each, name) for name in names)
+        table.add_row(each["hardware"], f"{each['available_bytes'] / GiB:.1f} GiB", *cells)
+    narrowest = 36 + sum(2 + max(len(name), len(_WIDEST)) for name in names)
+    _screen.print(title, style="bold", highlight=False)
+    Console(width=max(_screen.width, narrowest)).print(table)
+    _screen.print("NO: not even one example fits. +: activations are computed again.", style="dim", highlight=False)
+
+
+_WIDEST = " 1024 int8+ "
+_GREENS = (194, 157, 120, 83, 77, 71)  # of the terminal's 256 colours, the light ones first
+
+
+def _cell(found: Mapping[str, Any], method: str) -> Text:
+    best = heatmap.best(found, method)
+    if best is not None:
+        shade = sum(best["microbatch"] >= step for step in heatmap.STEPS) - 1
+        shown = f" {best['microbatch']:,} {best['precision']}{'+' if best['checkpointing'] else ''} "
+        return Text(shown, style=f"black on color({_GREENS[shade]})")
+    tried = any(candidate["method"] == method for candidate in found["candidates"])
+    return Text("NO", style="red") if tried else Text("–", style="dim")
+
+
+def _times(found: Plan, candidate: Candidate) -> tuple[str, str, str]:
+    """Estimates of a candidate: seconds of an update, tokens per second, hours of the job."""
+    job = found.job(candidate)
+    seconds, rate = candidate.update_seconds, candidate.tokens_per_second
+    return markup.number(seconds, 3), _number(rate, ",.0f"), "" if job is None else markup.number(job.hours, 3)
+
+
+def _job(found: Plan) -> str | None:
+    """What the choice takes for the whole job, in words."""
+    job = found.job(found.chosen())
+    if job is None:
+        return None
+    parts = [f"{found.updates:,} updates in about {markup.duration(3600 * job.hours)}"]
+    if job.energy_wh is not None:
+        parts.append(f"{markup.number(job.energy_wh / 1000, 2)} kWh")
+    if job.price is not None:
+        parts.append(f"{job.price:,.2f} US dollars")
+    return f"Estimated for the job: {', '.join(parts)}."
 
 
 def markdown(found: Plan) -> str:
@@ -183,14 +246,18 @@ def markdown(found: Plan) -> str:
     lines = [
         f"{found.model} on {found.hardware.name}, {free:.1f} GiB free. Sizes in GiB.",
         "",
-        "| verdict | method | precision | checkpointed | microbatch | process | tensors | peak in |",
-        "|---|---|---|---|--:|--:|--:|---|",
+        "| verdict | method | precision | checkpointed | microbatch | process | tensors | peak in | estimated s/update "
+        "| tokens/s | hours |",
+        "|---|---|---|---|--:|--:|--:|---|--:|--:|--:|",
     ]
     for number, each in enumerate(found.candidates):
         cells = [each.verdict + (" (choice)" if number == found.choice else ""), each.method, each.precision]
         cells += ["yes" if each.checkpointing else "", str(each.microbatch)]
-        cells += [f"{each.process_bytes / GiB:.2f}", f"{each.peak_bytes / GiB:.2f}", each.phase]
+        cells += [f"{each.process_bytes / GiB:.2f}", f"{each.peak_bytes / GiB:.2f}", each.phase, *_times(found, each)]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", found.times]
+    if found.choice is not None:
+        lines += ["", f"Choice: {found.why} {_job(found) or ''}".rstrip()]
     return "\n".join(lines)
 
 

@@ -29,16 +29,13 @@ def write(plans: Sequence[Plan], path: Path) -> None:
 
 def body(plans: Sequence[Plan]) -> Html:
     """The inside of the page. Machines are rows, the smallest first; each cell opens on a tap."""
-    ordered = sorted(plans, key=lambda plan: plan["available_bytes"])
-    methods = list(dict.fromkeys(c["method"] for plan in ordered for c in plan["candidates"]))
-    # What most machines can run comes first, so that a phone shows it without scrolling.
-    methods.sort(key=lambda method: -sum(best(plan, method) is not None for plan in ordered))
+    machines, methods = ordered(plans)
     head = tag("tr", tag("th", "machine", scope="col"), *(tag("th", tag("span", m), scope="col") for m in methods))
-    rows = [_row(plan, methods) for plan in ordered]
-    fitting = sum(best(plan, method) is not None for plan in ordered for method in methods)
-    said = f"{fitting} of {counted(len(ordered) * len(methods), 'pair')} of machine and method fit."
+    rows = [_row(plan, methods) for plan in machines]
+    fitting = sum(best(plan, method) is not None for plan in machines for method in methods)
+    said = f"{fitting} of {counted(len(machines) * len(methods), 'pair')} of machine and method fit."
     return join(
-        tag("h1", ordered[0]["model"]),
+        tag("h1", machines[0]["model"]),
         tag("p", said, class_="subtitle"),
         _legend(),
         tag("div", tag("table", tag("thead", head), tag("tbody", *rows), class_="heat"), class_="scroll"),
@@ -48,6 +45,17 @@ def body(plans: Sequence[Plan]) -> Html:
             class_="note",
         ),
     )
+
+
+def ordered(plans: Sequence[Plan]) -> tuple[list[Plan], list[str]]:
+    """The plans, that of the smallest machine first, and the methods.
+
+    What most machines can run comes first, so that a phone shows it without scrolling.
+    """
+    machines = sorted(plans, key=lambda plan: plan["available_bytes"])
+    methods = list(dict.fromkeys(c["method"] for plan in machines for c in plan["candidates"]))
+    methods.sort(key=lambda method: -sum(best(plan, method) is not None for plan in machines))
+    return machines, methods
 
 
 def best(plan: Plan, method: str) -> Mapping[str, Any] | None:

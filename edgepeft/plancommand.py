@@ -1,0 +1,156 @@
+"""The command ``edgepeft plan``. What it needs is imported when it runs, so that help answers at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgepeft import flags
+from edgepeft.errors import EdgePeftError, UsageError
+
+if TYPE_CHECKING:
+    from edgepeft.plan import Plan
+
+
+def plan(
+    model: flags.Model,
+    gpu: flags.Gpu = None,
+    all_gpus: Annotated[bool, typer.Option("--all-gpus", help="Every machine with a profile, by method.")] = False,
+    task: flags.Task = None,
+    method: flags.Method = None,
+    precision: flags.Precision = None,
+    seq_len: flags.SeqLen = None,
+    target_len: flags.TargetLen = None,
+    global_batch: flags.GlobalBatch = None,
+    settings: flags.Set = None,
+    reserve: Annotated[float, typer.Option(min=0, help="GiB of the device to leave to others.")] = 0.0,
+    objective: Annotated[str, typer.Option(help="What decides among what fits: quality, memory or speed.")] = "quality",
+    examples: Annotated[int | None, typer.Option(help="Training examples: estimates hours for the job.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Times they are seen (1 when not given).")] = None,
+    infer: Annotated[bool, typer.Option("--infer", help="Plan running the model, not training it.")] = False,
+    target: Annotated[str | None, typer.Option("--target", help="The device that runs it, with --infer.")] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="Write the choice as a recipe for `run`.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="The data that the recipe names.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="With --all-gpus: write a page to this file.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that the model brings along.")] = False,
+    as_json: flags.Json = False,
+) -> None:
+    """Say what fits a device, before a byte of weights is downloaded. Exit code 1 when nothing does."""
+    one = {"--gpu": gpu, "--reserve": reserve or None, "--recipe": recipe, "--markdown": markdown or None}
+    training: dict[str, Any] = {
+        **one,
+        "--all-gpus": all_gpus or None,
+        "--html": html,
+        "--method": method,
+        "--precision": precision,
+    }
+    training |= {"--target-len": target_len, "--global-batch": global_batch, "--set": settings, "--epochs": epochs}
+    training |= {"--examples": examples, "--data": data, "--objective": None if objective == "quality" else objective}
+    if infer or target is not None:
+        _inference(model, infer, target, task, seq_len, training, trust_remote_code, as_json)
+        return
+    _alone("--all-gpus", all_gpus, one, "--all-gpus plans for every machine that has a profile, and chooses none.")
+    _needs("--html", html, "--all-gpus", all_gpus)
+    _needs("--data", data, "--recipe", recipe is not None)
+    _needs("--epochs", epochs, "--examples or --recipe", examples is not None or recipe is not None)
+    _alone("--json", as_json, {"--markdown": markdown or None}, "Both are printed to the same place.")
+
+    from edgepeft import hardware, planning, tables
+    from edgepeft import recipe as recipes
+
+    def planned(device: hardware.Hardware) -> Plan:
+        return planning.plan_model(
+            model,
+            device,
+            task=task,
+            method=method,
+            precision=precision,
+            tokens=seq_len,
+            target_tokens=target_len,
+            global_batch=global_batch,
+            settings=settings or [],
+            trust_remote_code=trust_remote_code,
+            objective=objective,
+            examples=examples,
+            epochs=epochs,
+            progress=tables.quiet if as_json else tables.progress(f"tracing for {device.name}"),
+        )
+
+    if all_gpus:
+        _machines([planned(device) for device in planning.machines()], html, as_json)
+        return
+    found = planned(planning.leaving(hardware.load(gpu or hardware.AUTO), round(reserve * 2**30)))
+    if as_json:
+        _print_json(found.as_json())
+    elif markdown:
+        print(tables.markdown(found))
+    else:
+        tables.plan(found)
+    if recipe is not None and found.choice is not None:
+        chosen = planning.recipe(found, data or "data.jsonl", seq_len, target_len, global_batch, settings or [], epochs)
+        recipes.write(chosen, recipe)
+    if found.choice is None:
+        if as_json:
+            raise typer.Exit(1)
+        raise EdgePeftError(*found.nothing_fits())
+
+
+def _machines(plans: Sequence[Plan], html: Path | None, as_json: bool) -> None:
+    from edgepeft import tables
+    from edgepeft.report import heatmap
+
+    plain = [each.as_json() for each in plans]
+    if html is not None:
+        heatmap.write(plain, html)
+    if as_json:
+        _print_json(plain)
+    else:
+        tables.machines(plain)
+    if all(each.choice is None for each in plans):
+        raise typer.Exit(1)
+
+
+def _inference(
+    model: str,
+    infer: bool,
+    target: str | None,
+    task: str | None,
+    tokens: int | None,
+    training: Mapping[str, Any],
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    _needs("--target", target, "--infer", infer)
+    _alone("--infer", True, training, "These are about training.")
+    from edgepeft import backbone, hardware, inferplan, tables
+
+    device = hardware.load(target or hardware.AUTO)
+    source = backbone.resolve(model)
+    found = inferplan.plan_model(source, device, task=task, tokens=tokens, trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json(found.as_json())
+    else:
+        tables.inference(found)
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+def _alone(flag: str, given: bool, others: Mapping[str, Any], why: str) -> None:
+    clashing = [other for other, value in others.items() if value is not None]
+    if given and clashing:
+        named = ", ".join(clashing)
+        raise UsageError(f"plan: {flag} and {named} do not go together.", why, f"Leave {flag} out, or {named}.")
+
+
+def _needs(flag: str, value: Any, other: str, given: bool) -> None:
+    if value is not None and not given:
+        raise UsageError(f"plan: {flag} says nothing without {other}.", "", f"Add {other}, or leave {flag} out.")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))

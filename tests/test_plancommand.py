@@ -1,0 +1,126 @@
+"""``edgepeft plan`` as it is typed: flags that contradict, machines by methods, hours of a job."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from edgepeft import hardware, tables
+from edgepeft.cli import app
+from edgepeft.errors import UsageError
+from edgepeft.plan import Candidate, Plan
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def plan(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPEFT_CACHE", str(tmp_path_factory.getbasetemp() / "traces"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--all-gpus", "--gpu", "t4-16gb"], "--all-gpus and --gpu"),
+        (["--all-gpus", "--reserve", "1"], "--all-gpus and --reserve"),
+        (["--all-gpus", "--recipe", "r.toml"], "--all-gpus and --recipe"),
+        (["--gpu", "t4-16gb", "--html", "h.html"], "--html says nothing without --all-gpus"),
+        (["--gpu", "t4-16gb", "--data", "d.jsonl"], "--data says nothing without --recipe"),
+        (["--gpu", "t4-16gb", "--epochs", "2"], "--epochs says nothing without --examples"),
+        (["--gpu", "t4-16gb", "--json", "--markdown"], "--json and --markdown"),
+        (["--target", "raspberry-pi-5-8gb"], "--target says nothing without --infer"),
+        (["--infer", "--all-gpus", "--objective", "speed"], "--infer and --all-gpus, --objective"),
+        (["--gpu", "t4-16gb", "--examples", "0"], "--examples 0 must be positive"),
+        (["--gpu", "t4-16gb", "--examples", "9", "--epochs", "nan"], "--epochs nan must be positive"),
+        (["--gpu", "t4-16gb", "--objective", "beauty"], "'beauty' is not known"),
+    ],
+)
+def test_flags_that_contradict_are_named(arguments: list[str], named: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        plan("--model", "gpt2", *arguments)
+    assert named in caught.value.fact and caught.value.exit_code == 2
+
+
+def test_every_machine_is_a_row_in_the_terminal_the_page_and_the_json(tiny: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(tiny), "--all-gpus", "--method", "lst", "--precision", "fp32"]
+    page = tmp_path / "machines.html"
+    shown = plan(*arguments, "--html", str(page))
+    plans = json.loads(plan(*arguments, "--json").stdout)
+    assert shown.exit_code == 0
+    assert {each["hardware"] for each in plans} == set(hardware.names())
+    for name in hardware.names():
+        assert name in shown.stdout and name in page.read_text(encoding="utf-8")
+    assert all(each["candidates"][0]["update_seconds"] > 0 for each in plans)
+
+
+def test_hours_follow_from_the_data_and_the_time_of_an_update(tiny: Path) -> None:
+    arguments = ["--model", str(tiny), "--gpu", "t4-16gb", "--method", "lst", "--precision", "fp32"]
+    found = json.loads(plan(*arguments, "--global-batch", "8", "--examples", "1001", "--epochs", "2", "--json").stdout)
+    candidate = found["candidates"][found["choice"]]
+    assert found["updates"] == 2 * 126
+    assert candidate["job"]["hours"] == pytest.approx(252 * candidate["update_seconds"] / 3600)
+    assert candidate["tokens_per_second"] == pytest.approx(8 * 64 / candidate["update_seconds"])
+    assert "estimated" in found["times"]
+    assert "Estimated for the job: 252 updates" in plan(*arguments, "--global-batch", "8", "--examples", "2010").stdout
+
+
+def candidate(method: str, microbatch: int, fits: bool = True) -> Candidate:
+    return Candidate(
+        method=method,
+        precision="nf4",
+        microbatch=microbatch,
+        checkpointing=microbatch > 9,
+        fits=fits,
+        verdict="FITS" if fits else "NO",
+        peak_bytes=1,
+        reserved_bytes=1,
+        process_bytes=1,
+        phase="update",
+        bytes={},
+        phases={},
+    )
+
+
+def test_a_map_says_what_fits_and_what_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    small, large = (
+        Plan(
+            hardware=replace(hardware.load(name), watts=300.0),
+            model="m",
+            task="causal-lm",
+            candidates=candidates,
+            choice=None,
+            why="",
+        ).as_json()
+        for name, candidates in (
+            ("t4-16gb", (candidate("lora", 3), candidate("full", 1, fits=False))),
+            ("a100-80gb", (candidate("lora", 40), candidate("full", 2), candidate("ia3", 1))),
+        )
+    )
+    tables.machines([large, small])
+    head, first, second = capsys.readouterr().out.splitlines()[1:4]
+    assert head.split() == ["machine", "free", "lora", "full", "ia3"]
+    assert first.split() == ["t4-16gb", "14.4", "GiB", "3", "nf4", "NO", "–"]
+    assert second.split() == ["a100-80gb", "78.6", "GiB", "40", "nf4+", "2", "nf4", "1", "nf4"]
