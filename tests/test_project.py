@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    {"errors", "files", "hardware", "machine", "precision", "catalog", "chat", "peft_config", "evidence"},
+    {"errors", "files", "hardware", "machine", "precision", "catalog", "chat", "peft_config", "evidence", "flags"},
     {"backbone", "anatomy", "data", "runtime", "cross_entropy", "divergence", "roofline", "surface"},
     {"methods", "foreign", "placements", "step"},
     {
@@ -42,6 +42,7 @@ FLOORS = (
     {"traces"},
     {"plan"},
     {"planning", "pipeline", "tables"},
+    {"plancommand"},
     {"cli", "__main__"},
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
