@@ -12,6 +12,7 @@ from conformance import randomised
 from torch import nn
 
 from edgepeft import counts
+from edgepeft.methods import base
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 31])
@@ -52,3 +53,27 @@ def test_changed_parameters_of_a_merged_model(name: str, options: dict[str, Any]
 def test_nothing_changed() -> None:
     model: nn.Module = tiny.load("bert").model
     assert counts.change(model, copy.deepcopy(model)) == counts.Change(0, 0)
+
+
+def test_what_stays_beside_the_backbone_is_counted_whole() -> None:
+    made, _ = tiny.adapted("bert", "houlsby")
+    randomised(made.model, seed=5)
+    plain = tiny.load("bert").model
+    state = base.state(made.model)
+    beside = sum(tensor.numel() for name, tensor in state.items() if not name.startswith("classifier"))
+    head = sum(tensor.numel() for name, tensor in state.items() if name.startswith("classifier"))
+    assert head and counts.beside(plain, state) == beside + head
+    fresh = base.state(tiny.adapted("bert", "houlsby")[0].model)
+    assert counts.beside(plain, fresh) == beside, "the head is as it was"
+
+
+def test_training_is_counted_by_its_largest_stage_and_over_all_of_its_time() -> None:
+    stages = [
+        {"trained": 100, "peak_bytes": 5, "seconds": 1.0, "tokens": 30},
+        {"trained": 7, "peak_bytes": 9, "seconds": 2.0, "tokens": 30},
+    ]
+    assert counts.training(stages) == {
+        "trained_parameters": 100,
+        "training_peak_bytes": 9,
+        "training_tokens_per_second": 20.0,
+    }

@@ -52,7 +52,11 @@ def _counts(rows: list[Record]) -> Html | None:
     found = {name: value for row in rows if row["kept"] for name, value in (row.get("counts") or {}).items()}
     if not found:
         return None
-    return tag("p", "; ".join(f"{name.replace('_', ' ')}: {number(value)}" for name, value in found.items()) + ".")
+    shown = {
+        name.removesuffix("_bytes").replace("_", " "): memory(value) if name.endswith("_bytes") else number(value)
+        for name, value in found.items()
+    }
+    return tag("p", "; ".join(f"{name}: {value}" for name, value in shown.items()) + ".")
 
 
 def _artefact(row: Record) -> Html:

@@ -6,7 +6,7 @@ import math
 from statistics import median
 
 from edgepeft.report.figures import Series, curve, smoothed
-from edgepeft.report.markup import Html, counted, duration, join, number, percent, table, tag
+from edgepeft.report.markup import Html, counted, duration, join, memory, number, percent, table, tag
 from edgepeft.report.rundir import Run
 
 
@@ -31,6 +31,7 @@ def training_section(run: Run) -> Html:
     return join(
         tag("dl", *(join(tag("dt", k), tag("dd", v)) for k, v in _facts(run, loss).items())),
         *(charts or [tag("p", "No step was recorded yet.", class_="absent")]),
+        _stages(run),
         _evaluations(run, list(names)),
         *(tag("p", note, class_="bad") for note in _doubts(run)),
     )
@@ -53,6 +54,25 @@ def _facts(run: Run, loss: list[tuple[int, float]]) -> dict[str, str]:
     if end.get("seconds") is not None:
         facts["time"] = duration(end["seconds"])
     return facts
+
+
+def _stages(run: Run) -> Html | None:
+    """What each stage took, of a training with several: its parameters, its peak, its speed."""
+    stages = run.last("end").get("stages") or []
+    if len(stages) < 2:
+        return None
+    rows: list[list[object]] = [
+        [
+            tag("b", stage["name"]),
+            f"{stage['trained']:,}",
+            number(stage["updates"]),
+            memory(stage["peak_bytes"]),
+            number(stage["tokens_per_second"], 3),
+            duration(stage["seconds"]),
+        ]
+        for stage in stages
+    ]
+    return table(["stage", "parameters trained", "steps", "peak", "tokens/s", "time"], rows, class_="cards")
 
 
 def _evaluations(run: Run, names: list[str]) -> Html | None:
