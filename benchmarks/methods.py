@@ -71,7 +71,7 @@ def runs(bench: Bench, rows: list[Row]) -> Iterator[Run]:
                     yield from _missing(bench.folder / f"prompt-{other}.json", tuned.prompt, bench.name, other)
             if len(wanted) > number:
                 factor, seed = wanted[number]
-                rate = factor * base.find(row.method).learning_rate
+                rate = factor * bench.scale * base.find(row.method).learning_rate
                 yield from _missing(sweep.path_of(bench, row, factor, seed), tuned.tune, bench.name, row, rate, seed)
 
 

@@ -131,7 +131,8 @@ def _untuned(bench: Bench) -> str:
         said += (
             f" From scratch it had {made['updates']} updates of {made['batch']} of {made['examples']} texts, to answer "
             f"*yes* or *no* to whether there is a comma; then {100 * (2 * made['dev']['token_accuracy'] - 1):.0f} % of "
-            "its answers were right on held-out text. Here it meets another prefix, other texts, *with* and *without*."
+            "its answers were right on held-out text. Here, on other texts, it is to say *with* and *without* instead. "
+            f"All rates are {bench.scale:g} times those for the other models."
         )
     return f"{said} *better* compares with that. {_SURE}"
 
@@ -156,7 +157,7 @@ def _cells(bench: Bench, line: Line, full: Line, bar: tuple[str, float, float]) 
     total = full.runs[0]["trained"] if full.runs else None
     score, loss = line.mean("score"), line.mean("loss")
     spread = f" ± {50 * abs(line.runs[0]['score'] - line.runs[1]['score']):.1f}" if len(line.runs) == 2 else ""
-    rate = (line.factor or 0) * method.learning_rate
+    rate = (line.factor or 0) * bench.scale * method.learning_rate
     end = "" if line.factor in (3.0,) else f" (x{line.factor:g})"
     return [
         line.row.name,

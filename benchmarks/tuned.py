@@ -94,7 +94,7 @@ def prompt(bench_name: str, other: str) -> dict[str, Any]:
     bench = BENCHES[bench_name]
     row = Row("prompt_tuning", bench.precision)
     with tempfile.TemporaryDirectory(prefix="edgepeft-methods-") as folder:
-        rate = 3 * base.find("prompt_tuning").learning_rate
+        rate = 3 * bench.scale * base.find("prompt_tuning").learning_rate
         *_, done, _ = _trained(bench, row, rate, 0, Path(folder), bench.data(other))
         home = bench.folder / "prompts" / other
         shutil.copytree(done.adapter, home, dirs_exist_ok=True)

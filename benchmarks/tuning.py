@@ -49,6 +49,7 @@ class Bench:
         classes: gives texts the words for their classes; those of ``tools/data.py`` are as they are.
         train: which rows of the training file.
         updates, batch: of every run, whatever the method; ``seconds`` is what a run may take at most.
+        scale: of all learning rates; a narrow model wants higher ones.
         options: for methods whose defaults do not suit the model or the budget, with the reason.
     """
 
@@ -64,6 +65,7 @@ class Bench:
     tokens: int
     precision: str
     seconds: int
+    scale: float = 1.0
     options: Mapping[str, tuple[Mapping[str, Any], str]] = field(default_factory=dict)
 
     @property
@@ -148,7 +150,7 @@ def _labelled(text: str, word: str, number: int) -> dict[str, str]:
 
 
 def _asked(text: str, word: str, number: int) -> dict[str, str]:
-    return {"input": f"{('mark', 'order', 'length')[number]}: {text}", "target": word}
+    return {"input": f"{('comma', 'order', 'length')[number]}: {text}", "target": word}
 
 
 def _completed(text: str, word: str, number: int) -> dict[str, str]:
@@ -186,6 +188,7 @@ BENCHES = {
             tokens=48,
             precision="fp32",
             seconds=600,
+            scale=3.0,
             options={"galore": ({"rank": 32}, "its matrices are no larger than the default of 128")},
         ),
         Bench(
