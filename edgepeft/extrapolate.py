@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from edgepeft import replay
 from edgepeft.catalog.fields import at_depth, depth
 from edgepeft.cross_entropy import chunks
 from edgepeft.precision import is_packed
@@ -55,8 +56,9 @@ def surface(configuration: Configuration) -> Surface:
     full = depth(configuration.model)
     depths = DEPTHS if full > DEPTHS[1] and full % 2 == 0 else (full,)
     size = _prime(configuration, max(saturated, 11))
-    traced = [_timelines(configuration, layers, size) for layers in depths]
-    single = _timelines(configuration, depths[0], 1) if saturated > 1 else None
+    recorded = [_recorded(configuration, layers, size) for layers in depths]
+    traced = [_timelines(configuration, recording, size) for recording in recorded]
+    single = _timelines(configuration, _recorded(configuration, depths[0], 1), 1) if saturated > 1 else None
     grown = (full - depths[-1]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
     phases = {}
     for phase, low in traced[0].items():
@@ -68,7 +70,10 @@ def surface(configuration: Configuration) -> Surface:
         moments = [Moment(v[: len(KINDS)], v[len(KINDS) :], cut) for v, cut in found.items()]
         phases[phase] = tuple(_needed(moments, saturated))
     place = (full - depths[0]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
-    return Surface(phases, saturated, dict(_work(traced[0], traced[-1], place)))
+    work = dict(_work(traced[0], traced[-1], place))
+    pairs = (full - depths[-1]) // 2
+    overhead = replay.overhead(recorded[0], recorded[-1], pairs, size) if configuration.cuda else {}
+    return Surface(phases, saturated, work, overhead)
 
 
 def _work(
@@ -125,15 +130,18 @@ def _needed(moments: list[Moment], saturated: int) -> Iterator[Moment]:
     return (moments[index] for index in sorted(winners))
 
 
-def _timelines(configuration: Configuration, layers: int, size: int) -> dict[str, Timeline]:
+def _recorded(configuration: Configuration, layers: int, size: int) -> Recording:
+    return record(replace(configuration, model=at_depth(configuration.model, layers), microbatch=size), whole=True)
+
+
+def _timelines(configuration: Configuration, recording: Recording, size: int) -> dict[str, Timeline]:
     """The phases of one trace, those that cannot be traced among them."""
-    shallow = replace(configuration, model=at_depth(configuration.model, layers), microbatch=size)
-    recording = record(shallow, whole=True)
     found = {name: _timeline(recording, name, size) for name in recording.tracker.phases if name != "start"}
     loaded = found["loading"]
     if configuration.cuda:  # layers come to the device one at a time, and are packed there
         passing = np.zeros((2, len(KINDS)))
-        passing[0, KINDS.index("temporaries")] = _largest_passing(recording) if is_packed(shallow.precision) else 0
+        packed = is_packed(configuration.precision)
+        passing[0, KINDS.index("temporaries")] = _largest_passing(recording) if packed else 0
         found["loading"] = _single(loaded.bytes[-1] + passing)
     trained = next(found[name] for name in reversed(found) if name.endswith("update"))
     copied = np.zeros((2, len(KINDS)))

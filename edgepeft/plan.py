@@ -16,7 +16,6 @@ from edgepeft.surface import TRAINING, WORKING, Configuration, Surface
 GiB = 2**30
 LARGEST_MICROBATCH = 1024
 COMFORTABLE = 4  # examples: below this a configuration is chosen only when nothing else fits
-SLACK = 1.08  # an allowance for what the caching allocator reserves beyond what is allocated; not measured
 CPU_PROCESS_BYTES = 500 << 20  # an allowance: imports alone were measured at 261 MB, the rest is for the allocator
 
 TIMES = (
@@ -104,10 +103,10 @@ class Plan:
     def nothing_fits(self) -> tuple[str, str, str]:
         """Fact, cause and remedy when there is no choice."""
         least = min(self.candidates, key=lambda candidate: candidate.peak_bytes)
-        need = needed_bytes(least.peak_bytes, self.hardware)
+        need = needed_bytes(least.reserved_bytes, self.hardware)
         largest = max(least.bytes, key=lambda kind: least.bytes[kind])
         others = sorted((profiles.load(name) for name in profiles.names()), key=lambda h: h.available_bytes)
-        enough = [h.name for h in others if needed_bytes(least.peak_bytes, h) <= h.available_bytes]
+        enough = [h.name for h in others if needed_bytes(least.reserved_bytes, h) <= h.available_bytes]
         remedy = f"It would fit {enough[0]}." if enough else "No profile of one device has that much."
         return (
             f"{self.model} does not fit {self.hardware.name} with any method: the least is {least.method} at "
@@ -138,10 +137,9 @@ class Plan:
         return {**vars(candidate), "job": None if job is None else vars(job)}
 
 
-def needed_bytes(peak_bytes: int, hardware: Hardware) -> int:
-    """Memory a process needs for a peak of tensors."""
-    extra = CPU_PROCESS_BYTES if hardware.kind == "cpu" else 0
-    return round(peak_bytes * SLACK) + extra
+def needed_bytes(reserved_bytes: int, hardware: Hardware) -> int:
+    """Memory a process needs in which the allocator holds this much for tensors."""
+    return reserved_bytes + (CPU_PROCESS_BYTES if hardware.kind == "cpu" else 0)
 
 
 def counted(hardware: Hardware) -> Sequence[str]:
@@ -262,7 +260,7 @@ def _candidate(
     only = counted(hardware)
 
     def need(size: int) -> int:
-        return needed_bytes(sum(traced.at(size, only)[1].values()), hardware)
+        return needed_bytes(traced.reserved_bytes(size, only), hardware)
 
     def largest(limit: float) -> int:
         low, high = 0, LARGEST_MICROBATCH  # the largest that fits is in [low, high]; 0 always does
@@ -288,7 +286,7 @@ def _candidate(
         fits=verdict != "NO",
         verdict=verdict,
         peak_bytes=peak,
-        reserved_bytes=round(peak * SLACK),
+        reserved_bytes=traced.reserved_bytes(size, only),
         process_bytes=process,
         phase=phase,
         bytes=kinds,

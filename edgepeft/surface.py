@@ -73,11 +73,13 @@ class Surface:
         saturated: the microbatch from which a loss computed in chunks fills a chunk; below, it needs less.
         work: what forward+backward of a microbatch and update do, by class of operator, at microbatch 0 and at
             microbatch 1; of a method with several stages, in the last.
+        overhead: what CUDA's caching allocator reserves over what is allocated: microbatch → quotient. Empty on a CPU.
     """
 
     phases: Mapping[str, Sequence[Moment]]
     saturated: int = 1
     work: Mapping[str, tuple[Mapping[str, Work], Mapping[str, Work]]] = field(default_factory=dict)
+    overhead: Mapping[int, float] = field(default_factory=dict)
 
     def peaks(self, microbatch: int) -> dict[str, dict[str, int]]:
         """Phase → bytes by kind at its peak."""
@@ -97,6 +99,13 @@ class Surface:
         phase = max(names, key=lambda name: sum(found[name].values()))
         return phase, found[phase]
 
+    def reserved_bytes(self, microbatch: int, only: Sequence[str] | None = None) -> int:
+        """What the allocator holds at the peak of ``at``; between microbatches of ``overhead`` the larger counts."""
+        below = max((size for size in self.overhead if size <= microbatch), default=microbatch)
+        above = min((size for size in self.overhead if size >= microbatch), default=below)
+        quotient = max(self.overhead.get(below, 1.0), self.overhead.get(above, 1.0))
+        return round(sum(self.at(microbatch, only)[1].values()) * quotient)
+
     def work_at(self, microbatch: int) -> dict[str, dict[str, Work]]:
         """Phase → class of operator → what it does for one microbatch of this size."""
         return {phase: along(none, one, microbatch) for phase, (none, one) in self.work.items()}
@@ -111,7 +120,8 @@ class Surface:
             phase: {kind: [*none.get(kind, (0, 0, 0)), *one[kind]] for kind in one}
             for phase, (none, one) in self.work.items()
         }
-        return {"saturated": self.saturated, "phases": moments, "work": work}
+        overhead = {str(size): round(quotient, 4) for size, quotient in self.overhead.items()}
+        return {"saturated": self.saturated, "phases": moments, "work": work, "overhead": overhead}
 
 
 def read(plain: Mapping[str, Any]) -> Surface:
@@ -126,9 +136,10 @@ def read(plain: Mapping[str, Any]) -> Surface:
             {kind: Work(*row[:3]) for kind, row in rows.items()},
             {kind: Work(*row[3:]) for kind, row in rows.items()},
         )
-        for phase, rows in plain["work"].items()
+        for phase, rows in plain.get("work", {}).items()  # files made before it was counted have none
     }
-    return Surface(phases, plain["saturated"], work)
+    overhead = {int(size): quotient for size, quotient in plain.get("overhead", {}).items()}
+    return Surface(phases, plain["saturated"], work, overhead)
 
 
 def _short(value: float) -> float:

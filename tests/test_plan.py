@@ -199,7 +199,7 @@ def test_the_microbatch_is_the_largest_that_fits() -> None:
     best = small_plan(hardware=tight).chosen()
     more = small_plan(hardware=tight, microbatch=best.microbatch + 1)
     assert 1 <= best.microbatch < plan.LARGEST_MICROBATCH
-    assert plan.needed_bytes(best.peak_bytes, tight) <= tight.available_bytes
+    assert plan.needed_bytes(best.reserved_bytes, tight) <= tight.available_bytes
     assert best.verdict == "FITS" and more.candidates[0].verdict == "TIGHT"
     much = small_plan(hardware=tight, microbatch=2 * best.microbatch)
     assert much.candidates[0].verdict == "NO" and much.choice is None

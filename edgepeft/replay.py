@@ -1,0 +1,278 @@
+"""What PyTorch's caching allocator reserves for a model of full depth: a shallow trace's history with layers repeated.
+
+Layers are alike, so what the two in the middle of a trace allocate and free, forward and backward, every further pair
+does too. What lives from one layer to the next is handed on along the chain of copies.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence, Set
+from dataclasses import dataclass, field
+
+from edgepeft.allocator import CachingAllocator
+from edgepeft.probe import Recording
+
+MICROBATCHES = (1, 4, 16, 64)  # at which it is replayed
+UPDATES = 2  # the first finds no optimizer states, and puts them where activations were
+
+
+def overhead(low: Recording, high: Recording, pairs: int, traced: int) -> dict[int, float]:
+    """Bytes reserved over bytes allocated, at most, in training: microbatch → quotient.
+
+    Args:
+        low, high: traces of a model with 2 and 4 layers to a stack; both the same where ``pairs`` is 0.
+        pairs: how many times two more layers are in the whole model than in ``high``.
+        traced: their microbatch; see ``extrapolate``.
+    """
+    run = _Run(high, low, pairs)
+    events = list(run.training())
+    found = {}
+    for microbatch in MICROBATCHES:
+        allocator = CachingAllocator()
+        allocator.run((uid, run.size(abs(uid), microbatch, traced)) for uid in events)
+        found[microbatch] = allocator.peak_reserved_bytes / max(1, allocator.peak_allocated_bytes)
+    return found
+
+
+@dataclass
+class _Pair:
+    """The middle two layers of a stack in one phase, and how their copies are chained.
+
+    Attributes:
+        forward, backward: their events, from the first to before the second.
+        names: for each copy, its own name of everything that is born in the pair.
+        forward_in, saved_in, backward_in: what dies in the pair but is born outside of it → the pair's own that a
+            further pair would find in its place: handed on forward, saved for backward, handed on backward.
+    """
+
+    forward: range
+    backward: range
+    names: list[dict[int, int]]
+    forward_in: dict[int, int] = field(default_factory=dict)
+    saved_in: dict[int, int] = field(default_factory=dict)
+    backward_in: dict[int, int] = field(default_factory=dict)
+
+    def last(self, uid: int) -> int:
+        """What a layer behind all copies finds in place of ``uid`` of the pair before it."""
+        chained = uid in self.forward_in.values() or uid in self.saved_in.values()
+        return self.names[-1][uid] if chained else uid
+
+
+class _Run:
+    """The history of training at full depth, of storages that are named by numbers."""
+
+    def __init__(self, high: Recording, low: Recording, pairs: int) -> None:
+        self.high, self.low, self.pairs = high, low, pairs
+        self.like: dict[int, int] = {}  # a copy, or a later birth of the same → the storage of the trace
+        self.copies: dict[int, list[int]] = {}  # what is born and dies with it
+        phases = high.tracker.phases.values()
+        self.new = itertools.count(1 + max(abs(event) for phase in phases for event in (*phase.held, *phase.events)))
+
+    def size(self, uid: int, microbatch: int, traced: int) -> int:
+        """Bytes of a storage at a microbatch."""
+        while uid in self.like:
+            uid = self.like[uid]
+        asked = self.high.tracker.storage(uid)[0] if uid else 0
+        return asked // traced * microbatch if traced > 1 and asked % traced == 0 else asked
+
+    def training(self) -> Iterator[int]:
+        """Births (uid) and deaths (-uid) of every stage's first updates, and of an evaluation."""
+        phases = self.high.tracker.phases
+        alive: set[int] = set()
+        for step in [name for name in phases if name.endswith("forward+backward")]:
+            update = step.removesuffix("forward+backward") + "update"
+            held, (passed, updated) = self._held(step), (self._events(step), self._events(update))
+            states = [uid for uid in held if self._kind(uid) == "optimizer"]
+            for number in range(UPDATES):
+                alive = yield from self._become(alive, [uid for uid in held if number or uid not in states])
+                alive = yield from self._go(passed, alive)
+                alive = yield from self._become(alive, [*alive, *states])
+                alive = yield from self._go(updated, alive)
+        alive = yield from self._become(alive, self._held("evaluation"))
+        yield from self._go(self._events("evaluation"), alive)
+
+    def _kind(self, uid: int) -> str:
+        while uid in self.like:
+            uid = self.like[uid]
+        return self.high.tracker.storage(uid)[2]
+
+    def _become(self, alive: set[int], held: Sequence[int]) -> Generator[int, None, set[int]]:
+        yield from (-uid for uid in sorted(alive.difference(held)))
+        yield from (uid for uid in dict.fromkeys(held) if uid not in alive)
+        return set(held)
+
+    def _go(self, events: Sequence[int], alive: set[int]) -> Generator[int, None, set[int]]:
+        """The events, of which those are left out that a repeated phase cannot have: nothing is born or dies twice."""
+        alive = set(alive)
+        for event in events:
+            if event > 0 and event not in alive:
+                alive.add(event)
+                yield event
+            elif event < 0 and -event in alive:
+                alive.discard(-event)
+                yield event
+        return alive
+
+    def _held(self, phase: str) -> list[int]:
+        """What a phase begins with: of the model's static parts, as many more as there are more layers."""
+        found = []
+        held = self.high.tracker.phases[phase].held
+        more = self._more(held, self.low.tracker.phases[phase].held)
+        for uid in held:
+            found += [uid, *self._copied(uid, more)]
+        return found
+
+    def _events(self, phase: str) -> list[int]:
+        events = self.high.tracker.phases[phase].events
+        if not self.pairs:
+            return events
+        pairs = self._pairs(phase)
+        if pairs:
+            return list(self._repeated(events, pairs))
+        born = [event for event in events if event > 0]
+        more = self._more(born, [event for event in self.low.tracker.phases[phase].events if event > 0])
+        found = []
+        for event in events:
+            others = self._copied(event, more) if event > 0 else self.copies.get(-event, [])
+            found += [event, *(other if event > 0 else -other for other in others)]
+        return found
+
+    def _more(self, high: Sequence[int], low: Sequence[int]) -> Counter[tuple[int, str]]:
+        """Of which sizes and kinds the deeper trace has more, and how many; those that have copies already left out."""
+        found = Counter(_sort(self.high, uid) for uid in high) - Counter(_sort(self.low, uid) for uid in low)
+        return found - Counter(_sort(self.high, uid) for uid in high if uid in self.copies)
+
+    def _copied(self, uid: int, more: Counter[tuple[int, str]]) -> list[int]:
+        """As many copies as there are more layers, of a storage of which two more layers have one more."""
+        sort = _sort(self.high, uid)
+        if uid not in self.copies and more[sort] > 0 and self.pairs:
+            more[sort] -= 1
+            self.copies[uid] = [self._copy(uid) for _ in range(self.pairs)]
+        return self.copies.get(uid, [])
+
+    def _copy(self, uid: int) -> int:
+        made = next(self.new)
+        self.like[made] = uid
+        return made
+
+    def _pairs(self, phase: str) -> list[_Pair]:
+        """The pair of each stack, where the marks of its layers are all there."""
+        events = self.high.tracker.phases[phase].events
+        marks: dict[tuple[str, int, int], int] = {}
+        for label, moment in self.high.marks.get(phase, []):
+            marks.setdefault(label, moment)
+        found = []
+        for stack in sorted({stack for _, stack, _ in marks}):
+            ends = [marks.get(("forward", stack, 1)), marks.get(("forward", stack, 3))]
+            back = [marks.get(("backward", stack, 2)), marks.get(("backward", stack, 0))]
+            if None in ends:
+                continue
+            forward = range(ends[0] or 0, ends[1] or 0)
+            backward = range(back[0] or 0, back[1] or 0) if None not in back else range(len(events), len(events))
+            inside = [event for part in (forward, backward) for event in events[part.start : part.stop] if event > 0]
+            names = [{uid: self._copy(uid) for uid in inside} for _ in range(self.pairs)]
+            found.append(self._chained(events, _Pair(forward, backward, names)))
+        return found
+
+    def _chained(self, events: Sequence[int], pair: _Pair) -> _Pair:
+        """Find what layers hand on: what dies in the pair but was born before it is, one pair on, the pair's own."""
+        born = {event: index for index, event in enumerate(events) if event > 0}
+        died = {-event: index for index, event in enumerate(events) if event < 0}
+
+        def where(index: int | None) -> str:
+            if index is None:
+                return ""
+            if index in pair.forward:
+                return "forward"
+            if index in pair.backward:
+                return "backward"
+            middle = pair.forward.stop <= index < pair.backward.start
+            return "middle" if middle else "before" if index < pair.forward.start else "after"
+
+        journeys: dict[tuple[str, str], list[int]] = {}
+        for uid in sorted(died, key=died.__getitem__):
+            if uid in born:
+                journeys.setdefault((where(born[uid]), where(died[uid])), []).append(uid)
+        pair.forward_in = self._chain(journeys, ("before", "forward"), ("forward", "middle"))
+        taken = set(pair.forward_in.values())
+        pair.saved_in = self._chain(journeys, ("before", "backward"), ("forward", "middle"), taken)
+        pair.backward_in = self._chain(journeys, ("middle", "backward"), ("backward", "after"))
+        handed = {*taken, *pair.saved_in.values(), *pair.backward_in.values()}
+        for uid in pair.names[0]:
+            if uid not in handed and where(died.get(uid)) not in ("forward", "backward"):
+                self.copies[uid] = [names[uid] for names in pair.names]
+        return pair
+
+    def _chain(
+        self,
+        journeys: dict[tuple[str, str], list[int]],
+        arriving: tuple[str, str],
+        leaving: tuple[str, str],
+        taken: Set[int] = frozenset(),
+    ) -> dict[int, int]:
+        """What arrives in the pair → what of the same size leaves it, in the order in which they die."""
+        left = [uid for uid in journeys.get(leaving, []) if uid not in taken]
+        found = {}
+        for uid in journeys.get(arriving, []):
+            size = self.high.tracker.storage(uid)[0]
+            match = next((other for other in left if self.high.tracker.storage(other)[0] == size), None)
+            if match is not None:
+                left.remove(match)
+                found[uid] = match
+        return found
+
+    def _repeated(self, events: Sequence[int], pairs: Sequence[_Pair]) -> Iterator[int]:
+        for index in range(len(events) + 1):
+            for pair in pairs:
+                if index == pair.forward.stop:
+                    for number in range(self.pairs):
+                        yield from self._forward(events, pair, number)
+                if index == pair.backward.start:
+                    for number in reversed(range(self.pairs)):
+                        yield from self._backward(events, pair, number)
+            if index < len(events):
+                yield from self._outside(events[index], index, pairs)
+
+    def _outside(self, event: int, index: int, pairs: Sequence[_Pair]) -> Iterator[int]:
+        """An event of the trace itself."""
+        if event > 0:
+            yield event
+            return
+        uid = -event
+        for pair in pairs:
+            if index in pair.backward:  # behind the backward passes of all copies
+                if uid in pair.backward_in:
+                    uid = pair.names[0][pair.backward_in[uid]]
+            elif index >= pair.forward.stop and index < pair.backward.start and uid in pair.names[0]:
+                uid = pair.last(uid)
+        yield -uid
+        yield from (-other for other in self.copies.get(uid, []))
+
+    def _forward(self, events: Sequence[int], pair: _Pair, number: int) -> Iterator[int]:
+        before = pair.names[number - 1] if number else {}
+        for event in events[pair.forward.start : pair.forward.stop]:
+            uid = abs(event)
+            if uid in pair.names[number]:
+                yield pair.names[number][uid] if event > 0 else -pair.names[number][uid]
+            elif uid in pair.forward_in:
+                yield -before.get(pair.forward_in[uid], pair.forward_in[uid])
+
+    def _backward(self, events: Sequence[int], pair: _Pair, number: int) -> Iterator[int]:
+        before = pair.names[number - 1] if number else {}
+        for event in events[pair.backward.start : pair.backward.stop]:
+            uid = abs(event)
+            if uid in pair.names[number]:
+                yield pair.names[number][uid] if event > 0 else -pair.names[number][uid]
+            elif uid in pair.saved_in:
+                yield -before.get(pair.saved_in[uid], pair.saved_in[uid])
+            elif uid in pair.backward_in:
+                later = pair.names[number + 1] if number + 1 < self.pairs else None
+                yield -later[pair.backward_in[uid]] if later is not None else -uid
+
+
+def _sort(recording: Recording, uid: int) -> tuple[int, str]:
+    """Bytes and kind of a storage."""
+    asked, _, kind = recording.tracker.storage(uid)
+    return asked, kind
