@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from edgepeft import anatomy, catalog, precision
 from edgepeft.catalog import fields
@@ -232,18 +233,38 @@ def skeleton(
 
 def save(model: PreTrainedModel, directory: Path, tokens: PreTrainedTokenizerFast) -> None:
     """Write a folder that ``from_pretrained`` loads, in safetensors. The model must have plain modules again."""
-    from transformers.pytorch_utils import Conv1D
-
-    with torch.device("meta"):
-        original = type(model)(model.config)
-    transposed = {f"{name}.weight" for name, module in original.named_modules() if isinstance(module, Conv1D)}
-    state = {
-        name: value.t().contiguous() if name in transposed else value for name, value in model.state_dict().items()
-    }
+    turned = {f"{name}.weight" for name in transposed(model)}
+    state = {name: value.t().contiguous() if name in turned else value for name, value in model.state_dict().items()}
     model.config.dtype = model.dtype
     with _quietly():
         model.save_pretrained(directory, state_dict=state)
         tokens.save_pretrained(directory)
+
+
+def saved(directory: Path, model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every parameter of ``model`` beside the one of that name in a folder of ``save``, read one at a time.
+
+    Raises:
+        EdgePeftError: the folder lacks one, or is damaged.
+    """
+    turned = {f"{name}.weight" for name in transposed(model)}
+    wanted = dict(model.named_parameters())
+    for path in sorted(directory.glob("*.safetensors")):
+        with _refusing_unloadable(Source(str(directory), str(directory))), safe_open(path, framework="pt") as file:
+            for name in wanted.keys() & file.keys():
+                tensor = file.get_tensor(name)
+                yield wanted.pop(name), tensor.t() if name in turned else tensor
+    if wanted:
+        raise EdgePeftError(f"{directory} has no {min(wanted)}.", "It is not what was merged.", "Delete it and merge.")
+
+
+def transposed(model: PreTrainedModel) -> set[str]:
+    """The linear layers that the architecture keeps transposed (``Conv1D``), which ``linearize`` turned round."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        original = type(model)(model.config)
+    return {name for name, module in original.named_modules() if isinstance(module, Conv1D)}
 
 
 def repack(model: PreTrainedModel, parts: anatomy.Anatomy, at: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +47,11 @@ def beside(before: nn.Module, adapter: Mapping[str, Tensor]) -> int:
 
 
 @torch.no_grad()
-def change(before: nn.Module, after: nn.Module) -> Change:
-    """The difference of two models of the same structure, both in fp32."""
+def change(parameters_before_and_after: Iterable[tuple[Tensor, Tensor]]) -> Change:
+    """The difference of two models, from their parameters pair by pair, in fp32."""
     parameters = rank = 0
-    others = dict(after.named_parameters())
-    for name, old in before.named_parameters():
-        new = others[name].to(old.device)
+    for old, new in parameters_before_and_after:
+        new = new.to(old.device)
         differing = int((new != old).sum())
         parameters += differing
         if differing and old.dim() == 2:

@@ -27,7 +27,7 @@ from edgepeft.ledger import Row
 from edgepeft.methods import base
 from edgepeft.plan import Plan
 from edgepeft.recipe import Recipe
-from edgepeft.workspace import Workspace, fingerprint, training_inputs
+from edgepeft.workspace import Workspace, fingerprint
 
 STAGES = ("plan", "train", "merge", "export")
 DEFAULT_TOKENS = 512
@@ -115,13 +115,13 @@ class _Job:
 
     def train(self) -> None:
         """Train, unless the adapter of this very recipe and data is there."""
-        inputs = training_inputs(self.recipe)
+        inputs = self.space.training_inputs(self.recipe)
         if self.space.done("train", inputs):
             self.say("train: done before")
             return
         if (self.space.root / "checkpoints").exists() and not self.space.done("training", inputs):
             raise UsageError(
-                f"The data or the model changed since the run in {self.space.root} began.",
+                f"What the run in {self.space.root} began with has changed: its data, its model or an adapter it starts from.",
                 "Going on from its checkpoint would mix the two.",
                 "Choose another --out, or delete the folder to start over.",
             )
@@ -231,7 +231,7 @@ class _Job:
         at = "fp32" if merged.artefact == "merged-original" else self._needs("precision")
         plain = self._load(at, method.pack) if method.packs_its_own else self._load(at)
         merging.to_full_precision(plain.model)
-        found = counts.change(plain.model, self._merged().model)
+        found = counts.change(backbone.saved(self.space.merged, plain.model))
         return {"changed_parameters": found.parameters, "rank_of_change": found.rank}
 
     def _max_tokens(self, wanted: Recipe) -> int:
@@ -314,7 +314,7 @@ class _Job:
 
     def _after_training(self) -> str:
         adapter.read_card(self.space.adapter)
-        return fingerprint(self.space.adapter / adapter.TENSORS, training_inputs(self.recipe))
+        return fingerprint(self.space.adapter / adapter.TENSORS, self.space.training_inputs(self.recipe))
 
     def _needs(self, name: str) -> str:
         value: str | None = getattr(self.recipe, name)

@@ -62,6 +62,25 @@ def test_default_task(family: str) -> None:
     assert backbone.default_task(tiny.configuration(family)) == tiny.task(family)
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_what_was_saved_is_read_beside_the_model(family: str, tmp_path: Path) -> None:
+    class Unsaved:
+        def save_pretrained(self, folder: Path) -> None: ...
+
+    made, other = tiny.load(family).model, tiny.load(family).model
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_()
+    backbone.save(other, tmp_path, Unsaved())
+    expected = {id(own): there for own, there in zip(made.parameters(), other.parameters(), strict=True)}
+    found = dict((id(own), read) for own, read in backbone.saved(tmp_path, made))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(read, expected[key]) for key, read in found.items())
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(EdgePeftError, match="has no"):
+        list(backbone.saved(tmp_path, made))
+
+
 @pytest.mark.parametrize(
     ("family", "saved_as", "task"),
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +21,6 @@ def of(model: str, task: str, names: dict[str, Tensor]) -> Backbone:
     head = [name for name, _ in made.model.named_parameters() if name in made.fresh and name.endswith("weight")]
     labels = len(names[head[-1]]) if head and head[-1] in names else 2
     return made if labels == 2 else _made(model, task, labels)
-
-
-def transposed(made: Backbone) -> set[str]:
-    """The linear layers that the architecture keeps transposed (``Conv1D``), which ``backbone`` turned round."""
-    from transformers.pytorch_utils import Conv1D
-
-    kind: Any = type(made.model)
-    with torch.device("meta"):
-        original = kind(made.model.config)
-    return {name for name, module in original.named_modules() if isinstance(module, Conv1D)}
 
 
 def whole(names: Iterable[str], made: Backbone, norms: bool) -> set[str]:

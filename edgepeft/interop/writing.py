@@ -39,7 +39,7 @@ def write(folder: Path, target: Path) -> tuple[str, ...]:
     form = folders.FORMS[method.name]
     made = structure.of(card.model, card.task, tensors)
     whole = structure.whole(tensors, made, norms=form is scales.LN_TUNING)
-    transposed = structure.transposed(made)
+    transposed = backbone.transposed(made.model)
     structure.complete(method, made)
     structure.check(made, tensors, whole, str(folder))
     written = form.write(method, {name: tensor for name, tensor in tensors.items() if name not in whole}, made)
