@@ -18,12 +18,12 @@ import numpy as np
 from edgepeft import replay
 from edgepeft.catalog.fields import at_depth, depth
 from edgepeft.cross_entropy import chunks
+from edgepeft.methods import base
 from edgepeft.precision import is_packed
-from edgepeft.probe import Recording, record
+from edgepeft.probe import Recording, record, refuse_whole
 from edgepeft.roofline import Work, along
 from edgepeft.surface import KINDS, WORKING, Configuration, Moment, Surface
 
-DEPTHS = (2, 4)  # layers that are traced. Even, because LST pairs layers
 SIZES = [2**power for power in range(11)]  # microbatches at which the peak of a segment is looked for
 PARTS = 8  # of a segment that is not one layer's, such as the optimizer's: position says what belongs together
 
@@ -54,7 +54,11 @@ def surface(configuration: Configuration) -> Surface:
     """What the configuration needs at any microbatch, from as few and as shallow traces as will do."""
     saturated = _saturated(configuration)
     full = depth(configuration.model)
-    depths = DEPTHS if full > DEPTHS[1] and full % 2 == 0 else (full,)
+    method = base.create(configuration.method, configuration.options)
+    shallow = method.depths()
+    depths = shallow if full > shallow[1] and full % 2 == 0 else (full,)
+    if method.counts_layers and len(depths) > 1:
+        refuse_whole(configuration, method)
     size = _prime(configuration, max(saturated, 11))
     recorded = [_recorded(configuration, layers, size) for layers in depths]
     traced = [_timelines(configuration, recording, size) for recording in recorded]
@@ -71,8 +75,10 @@ def surface(configuration: Configuration) -> Surface:
         phases[phase] = tuple(_needed(moments, saturated))
     place = (full - depths[0]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
     work = dict(_work(traced[0], traced[-1], place))
-    pairs = (full - depths[-1]) // 2
-    overhead = replay.overhead(recorded[0], recorded[-1], pairs, size) if configuration.cuda else {}
+    alike = depths == base.DEPTHS  # only then are the two layers in the middle like all others
+    pairs = (full - depths[-1]) // 2 if alike else 0
+    low_one = recorded[0] if alike else recorded[-1]
+    overhead = replay.overhead(low_one, recorded[-1], pairs, size) if configuration.cuda else {}
     return Surface(phases, saturated, work, overhead)
 
 

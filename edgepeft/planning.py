@@ -69,9 +69,13 @@ def plan_model(
         )
     fields, usual = _model(model, trust_remote_code)
     most = positions(fields)
-    if tokens is not None and most is not None and tokens > most:
+    taken = _taken(method, values.get("options", {}), tokens, fields)
+    left = None if most is None else max(most - taken, 1)
+    if tokens is not None and left is not None and tokens > left:
         raise UsageError(
-            f"{model} cannot read {tokens} tokens.", f"It has {most} positions.", f"Use --seq-len {most} or less."
+            f"{model} cannot read {tokens} tokens.",
+            f"It has {most} positions" + (f", of which {method} needs {taken} for its own." if taken else "."),
+            f"Use --seq-len {left} or less.",
         )
     at = precision or implied
     return plan(
@@ -79,7 +83,7 @@ def plan_model(
         model=fields,
         task=task or usual,
         hardware=device,
-        tokens=tokens or min(DEFAULT_TOKENS, most or DEFAULT_TOKENS),
+        tokens=tokens or min(DEFAULT_TOKENS, left or DEFAULT_TOKENS),
         target_tokens=target_tokens or DEFAULT_TARGET_TOKENS,
         global_batch=global_batch or DEFAULT_GLOBAL_BATCH,
         methods=methods,
@@ -170,6 +174,17 @@ def _methods(method: str | None, options: Mapping[str, Any]) -> tuple[list[str] 
     if method == ALL:
         return base.names(), None
     return [base.create(method, options).name], base.implied_precision(method)
+
+
+def _taken(method: str | None, options: Mapping[str, Any], tokens: int | None, fields: Mapping[str, Any]) -> int:
+    """How many positions a method takes from the input; at the usual lengths there are enough."""
+    if method in (None, ALL) or not (options or tokens):
+        return 0
+    from transformers import AutoConfig
+
+    from edgepeft.methods import base
+
+    return base.create(str(method), options).positions(AutoConfig.for_model(**fields))
 
 
 def _model(name: str, trust_remote_code: bool) -> tuple[dict[str, Any], str]:

@@ -82,6 +82,16 @@ def record(configuration: Configuration, *, whole: bool) -> Recording:
         return found
 
 
+def refuse_whole(configuration: Configuration, method: Method) -> None:
+    """Say what speaks against a method on a model of its full depth, where shallower ones are traced.
+
+    Raises:
+        UsageError: the method does not fit it.
+    """
+    with torch.device("meta"), _quietly():
+        base.apply(method, _skeleton(configuration, "bf16", method))
+
+
 def as_fields(config: PretrainedConfig) -> dict[str, Any]:
     """A configuration as plain data."""
     return json.loads(config.to_json_string(use_diff=False))

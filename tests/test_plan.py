@@ -28,6 +28,7 @@ LLAMA = probe.as_fields(
         num_key_value_heads=2,
     )
 )
+DEEP = {**LLAMA, "num_hidden_layers": 18}
 BERT = probe.as_fields(
     BertConfig(vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4)
 )
@@ -100,6 +101,7 @@ def test_the_predicted_peak_is_what_real_tensors_take(method: str, precision: st
         (T5, "full", False, True),
         (BERT, "lora", False, False),
         (GPT2, "full", False, True),
+        (DEEP, "top_layers", False, False),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else str(value),
 )
@@ -114,6 +116,25 @@ def test_extrapolated_depth_and_microbatch_agree_with_a_full_trace(
         extrapolated = surface.peaks(microbatch)
         for phase, peak in probe.peaks(replace(wanted, microbatch=microbatch)).items():
             assert sum(extrapolated[phase].values()) == pytest.approx(peak.peak_bytes, rel=0.002)
+
+
+def test_groups_of_layers_are_extrapolated_as_groups() -> None:
+    """S4's layers are not alike. (At a microbatch of 1 its gradients are taken to be up to 4 % more than they are.)"""
+    wanted = configuration("s4", model=DEEP, microbatch=24)
+    found = extrapolate.surface(wanted).peaks(24)
+    for phase, peak in probe.peaks(wanted).items():
+        assert sum(found[phase].values()) == pytest.approx(peak.peak_bytes, rel=0.002)
+        assert found[phase]["adapter"] == peak.bytes["adapter"]
+
+
+@pytest.mark.parametrize(("method", "options"), [("top_layers", {"layers": 7}), ("intrinsic_said", {"dimension": 42})])
+def test_what_the_whole_depth_refuses_is_refused_while_shallower_models_are_traced(
+    method: str, options: dict[str, int]
+) -> None:
+    """Six layers have 42 matrices."""
+    with pytest.raises(UsageError) as caught:
+        extrapolate.surface(configuration(method, options=options))
+    assert " 6." in caught.value.cause or "42 layers" in caught.value.cause
 
 
 @pytest.mark.parametrize(

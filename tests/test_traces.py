@@ -114,6 +114,25 @@ def test_contradictions_are_refused(wrong: dict[str, object]) -> None:
         )
 
 
+@pytest.mark.parametrize(("tokens", "settings"), [(450, []), (500, ["options.length=50"]), (1, ["options.length=512"])])
+def test_a_prompt_takes_positions_from_the_input(tokens: int, settings: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        planning.plan_model(
+            "minilm-l6",
+            profiles.load(GPU),
+            task=None,
+            method="prompt_tuning",
+            precision="bf16",
+            tokens=tokens,
+            target_tokens=None,
+            global_batch=None,
+            settings=settings,
+            trust_remote_code=False,
+            progress=lambda done, total: None,
+        )
+    assert "512 positions" in caught.value.cause and caught.value.remedy
+
+
 def test_memory_left_to_others_is_not_planned_with() -> None:
     device = profiles.load(GPU)
     assert planning.leaving(device, 2**30).available_bytes == device.available_bytes - 2**30

@@ -25,6 +25,8 @@ from edgepeft.precision import StoredLinear, is_packed, pack, store_frozen
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+DEPTHS = (2, 4)  # layers of the models that are traced for planning; even, as LST pairs them
+
 Kind = Literal["additive", "selective", "reparametrised", "hybrid"]
 
 
@@ -90,6 +92,7 @@ class Method(ABC):
     saves: ClassVar[tuple[str, ...]] = ("disk", "memory")  # compared with full tuning, as the survey has it
     overhead: ClassVar[str] = ""  # what a model that cannot be merged computes besides its backbone, in a few words
     obstacle: ClassVar[str] = "No weight of the backbone can stand for what it computes."  # why it cannot be merged
+    counts_layers: ClassVar[bool] = False  # whether it fits a model depends on how many layers that has
     narrow: ClassVar[Mapping[str, Any]] = {}  # options for a width of 32, heads of 8: where defaults are too large
 
     @property
@@ -176,6 +179,13 @@ class Method(ABC):
     def positions(self, configuration: PretrainedConfig) -> int:
         """How many of the backbone's positions the method needs for tokens of its own; the input has the rest."""
         return 0
+
+    def depths(self) -> tuple[int, int]:
+        """Two even numbers of layers that planning traces models of, where the model has more.
+
+        What each layer adds must be the same from the first number to the second and from there on.
+        """
+        return DEPTHS
 
     def after_update(self, model: nn.Module, progress: float) -> None:  # noqa: B027
         """Called after each update, while its gradients are still there.

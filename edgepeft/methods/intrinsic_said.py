@@ -72,6 +72,7 @@ class IntrinsicSAID(Method):
     kind = "reparametrised"
     saves = ("disk",)
     narrow = {"dimension": 256}
+    counts_layers = True
     learning_rate = 5e-3
 
     dimension: int = 1000

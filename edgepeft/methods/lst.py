@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ class LST(Method):
 
     def __post_init__(self) -> None:
         self.require(0 < self.layers <= 1, "layers", "a share above 0, up to 1")
+
+    def depths(self) -> tuple[int, int]:
+        even = math.lcm(2, Fraction(self.layers).limit_denominator(12).denominator)
+        return even, 2 * even
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
         config: Any = model.config

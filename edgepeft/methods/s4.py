@@ -63,6 +63,9 @@ class S4(Method):
         self.require(self.bottleneck >= 0, "bottleneck", "a width, or 0 for no network")
         self.require(self.rank >= 1, "rank", "at least 1")
 
+    def depths(self) -> tuple[int, int]:
+        return sum(SPINDLE), 2 * sum(SPINDLE)
+
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
         ways: dict[str, tuple[str, ...]] = {}
         for number in range(len(anatomy.stacks)):

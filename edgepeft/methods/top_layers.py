@@ -9,7 +9,7 @@ from torch import nn
 
 from edgepeft.anatomy import Anatomy
 from edgepeft.errors import UsageError
-from edgepeft.methods.base import Method, Paper
+from edgepeft.methods.base import DEPTHS, Method, Paper
 from edgepeft.placements import selection
 
 
@@ -22,6 +22,7 @@ class TopLayers(Method):
     writes_backbone = True
     learning_rate = 5e-5
     narrow = {"layers": 1}
+    counts_layers = True
 
     layers: int = 3
     """How many; a quarter of BERT-base's twelve comes within 10 % of tuning all, says the paper."""
@@ -29,12 +30,16 @@ class TopLayers(Method):
     def __post_init__(self) -> None:
         self.require(self.layers >= 1, "layers", "at least 1")
 
+    def depths(self) -> tuple[int, int]:
+        deepest = self.layers + self.layers % 2
+        return max(DEPTHS[0], deepest), max(DEPTHS[1], deepest + 2)
+
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
         blocks = [block for block in anatomy.blocks if block.stack == len(anatomy.stacks) - 1]
         if self.layers > len(blocks):
             raise UsageError(
-                f"top_layers: layers = {self.layers}, and the model's last stack has {len(blocks)}.",
-                "",
+                f"top_layers cannot train {self.layers} layers of this model.",
+                f"Its last stack has {len(blocks)}.",
                 f"Use --set options.layers={max(1, len(blocks) // 4)}, or --method full.",
             )
         tops: Any = [f"{block.path}." for block in blocks[-self.layers :]]
