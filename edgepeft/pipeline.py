@@ -121,7 +121,7 @@ class _Job:
             return
         if (self.space.root / "checkpoints").exists() and not self.space.done("training", inputs):
             raise UsageError(
-                f"What the run in {self.space.root} began with has changed: its data, its model or an adapter it starts from.",
+                f"What the run in {self.space.root} began with has changed: data, model or an adapter it starts from.",
                 "Going on from its checkpoint would mix the two.",
                 "Choose another --out, or delete the folder to start over.",
             )

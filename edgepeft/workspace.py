@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from edgepeft import recipe as recipes
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.files import sha256, write_json
 from edgepeft.peft_config import path_of
+from edgepeft.placements.stored import TENSORS
 from edgepeft.recipe import Recipe
 
 # What may differ from one call to the next without making it another training run.
@@ -111,6 +113,32 @@ class Workspace:
         """Remember that ``stage`` was finished with these inputs."""
         write_json(self.root / "state.json", {**self._state(), stage: inputs})
 
+    def training_inputs(self, recipe: Recipe) -> str:
+        """A fingerprint of everything training depends on: the recipe, data and model, and adapters it starts from."""
+        fields = {
+            entry.name: getattr(recipe, entry.name) for entry in dataclasses.fields(Recipe) if entry.name not in _FREE
+        }
+        sources = [
+            Path(name) for name in (recipe.data, recipe.validation, recipe.model) if name and Path(name).exists()
+        ]
+        if (configuration := path_of(recipe.method)) is not None:
+            sources.append(configuration)
+        others = {name: found for name in _named(recipe.options) if (found := self._other(name))}
+        return fingerprint(fields, *sources, *([others] if others else []))
+
+    def _other(self, folder: str) -> str | None:
+        """A fingerprint of another run's adapter; what it was when this run began, where it is gone since.
+
+        Only training reads it: a run that was trained is exported without.
+        """
+        tensors, entry = Path(folder) / TENSORS, f"adapter {folder}"
+        if not tensors.is_file():
+            return self._state().get(entry)
+        found = fingerprint(tensors)
+        if entry not in self._state():
+            self.finish(entry, found)
+        return found
+
     def _state(self) -> dict[str, str]:
         path = self.root / "state.json"
         try:
@@ -136,12 +164,7 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def training_inputs(recipe: Recipe) -> str:
-    """A fingerprint of everything training depends on."""
-    fields = {
-        entry.name: getattr(recipe, entry.name) for entry in dataclasses.fields(Recipe) if entry.name not in _FREE
-    }
-    sources = [Path(name) for name in (recipe.data, recipe.validation, recipe.model) if name and Path(name).exists()]
-    if (configuration := path_of(recipe.method)) is not None:
-        sources.append(configuration)
-    return fingerprint(fields, *sources)
+def _named(options: Mapping[str, Any]) -> list[str]:
+    """Every text among a method's options, any of which may be the folder of an adapter (SPoT's, IPT's)."""
+    values = (value if isinstance(value, (list, tuple)) else [value] for value in options.values())
+    return [text for value in values for text in value if isinstance(text, str) and text]

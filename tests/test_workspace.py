@@ -1,0 +1,62 @@
+"""What makes a run another one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+
+from edgepeft.recipe import Recipe
+from edgepeft.workspace import Workspace
+
+
+def recipe(folder: Path, **changes: object) -> Recipe:
+    (folder / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    values: dict[str, object] = {"model": str(tiny.folder("llama")), "data": str(folder / "data.jsonl"), **changes}
+    return Recipe(**values)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> list[str]:
+    """Adapter folders of two runs of prompt tuning."""
+    sources = tiny.prompts("llama")[:2]
+    return [str(shutil.copytree(source, tmp_path / Path(source).name)) for source in sources]
+
+
+@pytest.mark.parametrize("name", ["spot", "ipt"])
+def test_another_adapter_to_start_from_makes_another_run(name: str, prompts: list[str], tmp_path: Path) -> None:
+    options = {"source": prompts[0]} if name == "spot" else {"prompts": tuple(prompts)}
+    wanted = recipe(tmp_path, method=name, options=options)
+    space = Workspace(tmp_path / "run")
+    before = space.training_inputs(wanted)
+    assert space.training_inputs(wanted) == before
+    shutil.copytree(tiny.prompts("llama")[2], prompts[0], dirs_exist_ok=True)
+    assert space.training_inputs(wanted) != before
+
+
+def test_a_trained_run_does_not_miss_what_it_started_from(prompts: list[str], tmp_path: Path) -> None:
+    wanted = recipe(tmp_path, method="spot", options={"source": prompts[0]})
+    before = Workspace(tmp_path / "run").training_inputs(wanted)
+    shutil.rmtree(prompts[0])
+    assert Workspace(tmp_path / "run").training_inputs(wanted) == before
+    assert Workspace(tmp_path / "other").training_inputs(wanted) != before
+
+
+def test_another_configuration_of_peft_makes_another_run(tmp_path: Path) -> None:
+    described = tmp_path / "adapter_config.json"
+    described.write_text('{"peft_type": "LOHA", "r": 4}')
+    wanted, space = recipe(tmp_path, method=f"peft:{described}"), Workspace(tmp_path / "run")
+    before = space.training_inputs(wanted)
+    described.write_text('{"peft_type": "LOHA", "r": 8}')
+    assert space.training_inputs(wanted) != before
+
+
+def test_options_that_name_no_adapter_change_nothing(tmp_path: Path) -> None:
+    wanted, space = (
+        recipe(tmp_path, method="lora", options={"targets": ("query", "value")}),
+        Workspace(tmp_path / "run"),
+    )
+    assert space.training_inputs(wanted) == space.training_inputs(wanted)
+    assert not (tmp_path / "run").exists()
