@@ -344,6 +344,15 @@ def test_a_pickle_is_not_opened(stored: Path, tmp_path: Path) -> None:
         interop.convert(folder, tmp_path / "back")
 
 
+def test_an_adapter_of_peft_s_own_layers_needs_no_translation(stored: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(stored / "ours", tmp_path / "run" / "adapter")
+    card = json.loads((folder / adapter.CARD).read_text())
+    (folder / adapter.CARD).write_text(json.dumps({**card, "method": "peft:loha.json", "options": {}}))
+    for source in (folder, tmp_path / "run"):
+        with pytest.raises(UsageError, match="is one of PEFT's as it is"):
+            interop.convert(source, tmp_path / "new")
+
+
 def test_the_command(stored: Path, tmp_path: Path) -> None:
     def edgepeft(*arguments: object) -> Any:
         return CliRunner().invoke(cli.app, ["adapter", *map(str, arguments)], catch_exceptions=True)

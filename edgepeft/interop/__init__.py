@@ -15,6 +15,7 @@ from edgepeft.files import atomic_directory
 from edgepeft.interop.folder import CONFIG, WEIGHTS
 from edgepeft.interop.reading import read
 from edgepeft.interop.writing import write
+from edgepeft.peft_config import PREFIX
 
 
 def convert(source: Path, target: Path, model: str | None = None) -> tuple[str, ...]:
@@ -30,9 +31,15 @@ def convert(source: Path, target: Path, model: str | None = None) -> tuple[str, 
         UsageError: it is neither, or cannot be expressed.
         EdgePeftError: it is damaged.
     """
+    folder = source / "adapter" if (source / "adapter").is_dir() else source
+    if (folder / adapter.CARD).exists() and adapter.read_card(folder).method.startswith(PREFIX):
+        raise UsageError(
+            f"The adapter in {folder} is one of PEFT's as it is.",
+            "PEFT's own layers were trained, and edgepeft saves them in both formats.",
+            f"Load it with PeftModel.from_pretrained(model, {str(folder)!r}).",
+        )
     if (source / CONFIG).exists():
         return read(source, target, model)
-    folder = source / "adapter" if (source / "adapter").is_dir() else source
     if not (folder / adapter.CARD).exists():
         raise UsageError(
             f"There is no adapter in {source}.",
