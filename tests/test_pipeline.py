@@ -152,6 +152,10 @@ def test_seq2seq_with_an_unmergeable_method_on_nf4(tmp_path: Path) -> None:
     space = pipeline.run(recipe, tmp_path / "t5")
     found = rows(space.root)
     assert not space.merged.exists() and found["onnx-fp32"].same_tokens == 1.0
+    counted = found["adapter"].counts
+    assert counted["changed_parameters"] == counted["trained_parameters"] > 0
+    assert counted["tokens_per_second_backbone"] > 0 and counted["tokens_per_second_unmerged"] > 0
+    assert [stage["name"] for stage in found["adapter"].stages] == ["train"]
     assert isinstance("".join(Device.load(space.device).generate("A fine film.", max_new_tokens=4)), str)
 
 
