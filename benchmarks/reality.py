@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from edgepeft import precision, probe
 from edgepeft.backbone import skeleton
@@ -142,7 +143,8 @@ def _tensors() -> list[Tensor]:
     found = []
     for each in gc.get_objects():
         with contextlib.suppress(ReferenceError):
-            if issubclass(type(each), Tensor) and each.device.type == "cpu" and each.layout is torch.strided:
+            real = issubclass(type(each), Tensor) and not issubclass(type(each), FakeTensor)
+            if real and each.device.type == "cpu" and each.layout is torch.strided:
                 found.append(each)
     return found
 
