@@ -135,7 +135,7 @@ class Foreign(Method):
                 _put(model, config)
         except Exception as error:  # PEFT's layers raise whatever they run into
             raise _refusal(self, model, error) from error
-        if _head(model) is not head:
+        if _head(model) is not head and not _weighs_tokens(_head(model)):
             raise UsageError(
                 f"{self.source} changes the layer that predicts tokens.",
                 "edgepeft computes token logits from its weight, a part at a time, and would not see the change.",
@@ -148,16 +148,17 @@ class Foreign(Method):
     def merge(self, model: nn.Module) -> None:
         if not self.merges:
             raise NotMergeable(f"{self.source} cannot be merged.", f"{self.type} changes no weights.", "")
+        selection.fold(model)
         try:
             with presumed.values(model, self.parsed()):
                 vars(model)[_WRAPPER].base_model.merge_and_unload()
         except Exception as error:
-            raise NotMergeable(f"{self.source} cannot be merged.", _first_line(error), "") from error
+            why = f"PEFT cannot merge {self.type} into this model: {_first_line(error)}."
+            raise NotMergeable(f"{self.source} cannot be merged.", why, "") from error
         for name in vars(model).pop(_SHARED):
             delattr(model, name)
         del vars(model)[_WRAPPER]
         vars(model).pop("forward", None)
-        selection.fold(model)
 
     def condense(self, model: nn.Module) -> None:
         if self.parsed().is_prompt_learning and _head(model) is not None:
@@ -315,7 +316,7 @@ def _parse(text: str, source: str) -> Any:
     try:
         return known[kind](**plain)
     except Exception as error:
-        raise UsageError(f"{source} is refused by PEFT.", _first_line(error), _REMEDY) from error
+        raise UsageError(f"{source} is refused by PEFT.", f"{_first_line(error)}.", _REMEDY) from error
 
 
 def _check_values(fields: Mapping[str, Any], source: str) -> None:
@@ -352,7 +353,7 @@ def _refusal(method: Foreign, model: nn.Module, error: Exception) -> UsageError:
     found = "target" in str(error).lower()
     return UsageError(
         f"PEFT cannot put {method.type} of {method.source} into this model.",
-        _first_line(error),
+        f"{_first_line(error)}.",
         f"Its linear layers are called {', '.join(ends)}." if found else "",
     )
 
@@ -363,7 +364,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _named(source: str, model: nn.Module, ends: Iterable[str]) -> list[str]:
@@ -390,6 +391,19 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _head(model: Any) -> nn.Module | None:
     found: nn.Module | None = model.get_output_embeddings()
     return found
+
+
+def _weighs_tokens(head: nn.Module | None) -> bool:
+    """Whether PEFT made a head that is tied to embeddings some of whose rows are trained; their change is then in
+    its weight, which PEFT's own has not.
+    """
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    if not isinstance(head, TrainableTokensLayer):
+        return False
+    weight = property(lambda self: self.get_merged_weights(self.active_adapters))
+    head.__class__ = type("TrainableTokensHead", (type(head),), {"weight": weight})
+    return True
 
 
 def _let_read(stored: StoredLinear) -> None:

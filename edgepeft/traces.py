@@ -179,9 +179,10 @@ def _surface(configuration: Configuration) -> Surface | EdgePeftError:
     except Exception as error:
         if path_of(configuration.method) is None:
             raise
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return EdgePeftError(  # layers of PEFT's, some of which look at values
             f"{configuration.method} cannot be planned.",
-            f"PEFT's layers do not run on tensors without values: {str(error).strip() or type(error).__name__}.",
+            f"PEFT failed in a step on tensors without values: {why.rstrip('.')}.",
             "What is not planned is not trained here; PEFT itself may train it.",
         )
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else

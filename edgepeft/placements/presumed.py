@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgepeft.precision import is_shape_only
@@ -55,13 +55,21 @@ def values(model: nn.Module, config: Any) -> Iterator[None]:
     if not is_shape_only(next(model.parameters())):
         yield
         return
-    mode: Any = FakeTensorMode
-    mode.__deepcopy__ = lambda self, memo: self  # a copy of a fake tensor would get a mode of its own
+    fake: Any = FakeTensor
+    fake.__deepcopy__ = _copied
     try:
         with _Presuming(config):
             yield
     finally:
-        del mode.__deepcopy__
+        del fake.__deepcopy__
+
+
+def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """A deep copy of a fake tensor; torch's would copy the mode it belongs to as well, or look for its data."""
+    made = tensor.detach().clone()
+    kept = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    memo[id(tensor)] = kept
+    return kept
 
 
 def follow(model: nn.Module, config: Any) -> None:
