@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> None:
     # Children are forked from a server that has imported everything: a run does not pay for it, nor see later edits.
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tuned"])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     end = time.monotonic() + 60 * given.minutes
     benches = [BENCHES[name] for name in given.bench or BENCHES]
     if not given.report:
@@ -93,11 +95,14 @@ def _process(server: Any, path: Path, what: Callable[..., Any], arguments: tuple
     print(f"{path.relative_to(STATE)} ... ", end="", file=sys.stderr, flush=True)
     process = server.Process(target=tuned.alone, args=(what, path, *arguments))
     process.start()
-    process.join(seconds)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        write_json(path, {"failed": f"it took longer than {seconds} s"})
+    try:
+        process.join(seconds)
+        if process.is_alive():
+            write_json(path, {"failed": f"it took longer than {seconds} s"})
+    finally:  # also when this process is told to stop
+        if process.is_alive():
+            process.kill()
+            process.join()
     took = time.monotonic() - began
     result = sweep.read(path) if path.exists() else {"failed": "the process was killed"}
     print(f"{_brief(result)} ({took:.0f} s)", file=sys.stderr, flush=True)
