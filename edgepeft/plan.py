@@ -23,6 +23,10 @@ TIMES = (
     "evaluation, checkpoints and reading data are not in them. The survey's methods they put in order with a rank "
     "correlation of 0.72 on T5-large and 0.87 on T5-3B (benchmarks/results/time.md)."
 )
+APART = (
+    "Sending between devices is not in them, and networks differ: several devices take longer. The plan covers several "
+    "devices; `edgepeft run` trains on one so far."
+)
 TIGHT = 0.95  # a larger share of what is available is called tight: the replayed allocator is not the device's own
 PACKED = ("int8", "nf4")
 PRECISIONS = ("fp32", "bf16", *PACKED)
@@ -60,6 +64,8 @@ class Candidate:
     phases: Mapping[str, int]
     update_seconds: float | None = None
     tokens_per_second: float | None = None
+    strategy: str = ""
+    """How several devices share the work: ddp or fsdp; nothing on one. All numbers but the speed are one device's."""
 
     @property
     def step_bytes(self) -> int:
@@ -83,12 +89,13 @@ class Plan:
     """Of the whole job, where it is known how much data there is."""
     times: str = TIMES
     """What the estimated times are worth."""
+    devices: int = 1
 
     def job(self, candidate: Candidate) -> roofline.Job | None:
         """What the training of the job takes, as estimated; evaluations and checkpoints are not in it."""
         if self.updates is None or candidate.update_seconds is None:
             return None
-        return roofline.job(self.updates, candidate.update_seconds, self.hardware)
+        return roofline.job(self.updates, candidate.update_seconds, self.hardware, self.devices)
 
     def chosen(self) -> Candidate:
         """The candidate to take.
@@ -123,6 +130,7 @@ class Plan:
             "model": self.model,
             "task": self.task,
             "candidates": [self._candidate_as_json(candidate) for candidate in self.candidates],
+            "devices": self.devices,
             "updates": self.updates,
             "times": self.times,
             "choice": self.choice,
@@ -167,6 +175,7 @@ def plan(
     objective: str = "quality",
     examples: int | None = None,
     epochs: float = 1.0,
+    devices: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """Trace every candidate and choose.
@@ -180,6 +189,7 @@ def plan(
         objective: what decides among what fits: quality (the safest method), memory (the smallest peak) or speed (the
             shortest update, as estimated).
         examples: of the training data, seen ``epochs`` times: how many updates the job has.
+        devices: how many of the hardware share a global batch, which is a multiple of it.
         progress: called with how many configurations are traced, of how many.
     """
     wanted = [
@@ -224,13 +234,18 @@ def plan(
             if isinstance(traced, EdgePeftError):
                 refused = traced
                 excluded[configuration.method] = traced.fact
+            elif devices > 1 and traces.traits(configuration.method).updates_in_backward:
+                excluded[configuration.method] = "It updates inside backward, before the devices share gradients."
             else:
-                candidates.append(_candidate(configuration, traced, hardware, microbatch, global_batch))
+                candidates += [
+                    _candidate(configuration, surface, hardware, microbatch, global_batch // devices, devices, strategy)
+                    for strategy, surface in _shared(configuration, traced, devices)
+                ]
         if first and candidates and candidates[-1].fits and _comfortable(candidates[-1], global_batch):
             break  # all others rank behind it
     if not candidates and refused is not None:
         raise refused
-    candidates.sort(key=lambda candidate: _rank(candidate, global_batch, hardware, objective))
+    candidates.sort(key=lambda candidate: _rank(candidate, global_batch // devices, hardware, objective))
     choice = 0 if candidates and candidates[0].fits else None
     return Plan(
         hardware=hardware,
@@ -241,6 +256,8 @@ def plan(
         why="" if choice is None else _why(candidates, hardware, objective),
         excluded=excluded,
         updates=None if examples is None else math.ceil(epochs * math.ceil(examples / global_batch)),
+        times=TIMES if devices == 1 else f"{TIMES} {APART}",
+        devices=devices,
     )
 
 
@@ -254,9 +271,27 @@ def usable_microbatch(largest: int, global_batch: int) -> int:
     return max(size for size in range(1, min(largest, global_batch) + 1) if global_batch % size == 0)
 
 
+def _shared(configuration: Configuration, traced: Surface, devices: int) -> list[tuple[str, Surface]]:
+    """The surface of one of several devices, by the way in which they share the work."""
+    if devices == 1:
+        return [("", traced)]
+    from edgepeft import sharding  # loads torch
+
+    found = sharding.of(configuration, devices)
+    ways = [(sharding.DDP, sharding.replicated(traced, found))]
+    return [*ways, (sharding.FSDP, sharding.sharded(traced, found))] if found.divisible else ways
+
+
 def _candidate(
-    configuration: Configuration, traced: Surface, hardware: Hardware, fixed: int | None, global_batch: int
+    configuration: Configuration,
+    traced: Surface,
+    hardware: Hardware,
+    fixed: int | None,
+    global_batch: int,
+    devices: int,
+    strategy: str,
 ) -> Candidate:
+    """The candidate of one device, which has ``global_batch`` examples of an update to itself."""
     only = counted(hardware)
 
     def need(size: int) -> int:
@@ -292,7 +327,8 @@ def _candidate(
         bytes=kinds,
         phases={name: sum(held.values()) for name, held in traced.peaks(size).items()},
         update_seconds=seconds,
-        tokens_per_second=None if seconds is None else global_batch * configuration.tokens / seconds,
+        tokens_per_second=None if seconds is None else devices * global_batch * configuration.tokens / seconds,
+        strategy=strategy,
     )
 
 
@@ -310,7 +346,8 @@ def _rank(candidate: Candidate, global_batch: int, hardware: Hardware, objective
         return (not candidate.fits, candidate.process_bytes / candidate.microbatch, candidate.method)
     if objective == "speed":
         return (not candidate.fits, candidate.update_seconds or math.inf, *_preference(candidate, hardware))
-    return (not candidate.fits, not _comfortable(candidate, global_batch), *_preference(candidate, hardware))
+    preference = (*_preference(candidate, hardware), candidate.strategy)
+    return (not candidate.fits, not _comfortable(candidate, global_batch), *preference)
 
 
 def _comfortable(candidate: Candidate, global_batch: int) -> bool:
@@ -337,4 +374,8 @@ def _why(candidates: Sequence[Candidate], hardware: Hardware, objective: str) ->
         parts.append(f"{best.precision} because the weights do not fit well at {default_precisions(hardware)[0]}")
     if best.checkpointing:
         parts.append("activations are computed again in backward because keeping them does not fit well")
+    if best.strategy == "fsdp":
+        parts.append("FSDP2 divides parameters, gradients and optimizer states among the devices")
+    elif best.strategy == "ddp":
+        parts.append("every device holds all of it (DDP)")
     return "; ".join(parts) + "."

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def plan(
     model: flags.Model,
     gpu: flags.Gpu = None,
+    gpus: Annotated[int, typer.Option("--gpus", help="How many of the GPU share the work (planned, not run).")] = 1,
     all_gpus: Annotated[bool, typer.Option("--all-gpus", help="Every machine with a profile, by method.")] = False,
     task: flags.Task = None,
     method: flags.Method = None,
@@ -42,8 +43,10 @@ def plan(
 ) -> None:
     """Say what fits a device, before a byte of weights is downloaded. Exit code 1 when nothing does."""
     one = {"--gpu": gpu, "--reserve": reserve or None, "--recipe": recipe, "--markdown": markdown or None}
+    several = {"--gpus": gpus if gpus != 1 else None}
     training: dict[str, Any] = {
         **one,
+        **several,
         "--all-gpus": all_gpus or None,
         "--html": html,
         "--method": method,
@@ -54,7 +57,13 @@ def plan(
     if infer or target is not None:
         _inference(model, infer, target, task, seq_len, training, trust_remote_code, as_json)
         return
-    _alone("--all-gpus", all_gpus, one, "--all-gpus plans for every machine that has a profile, and chooses none.")
+    _alone("--gpus", gpus != 1, {"--recipe": recipe}, "`edgepeft run` trains on one device so far.")
+    _alone(
+        "--all-gpus",
+        all_gpus,
+        one | several,
+        "--all-gpus plans for every machine that has a profile, and chooses none.",
+    )
     _needs("--html", html, "--all-gpus", all_gpus)
     _needs("--data", data, "--recipe", recipe is not None)
     _needs("--epochs", epochs, "--examples or --recipe", examples is not None or recipe is not None)
@@ -78,6 +87,7 @@ def plan(
             objective=objective,
             examples=examples,
             epochs=epochs,
+            devices=gpus,
             progress=tables.quiet if as_json else tables.progress(f"tracing for {device.name}"),
         )
 

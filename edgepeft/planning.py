@@ -38,6 +38,7 @@ def plan_model(
     objective: str = OBJECTIVES[0],
     examples: int | None = None,
     epochs: float | None = None,
+    devices: int = 1,
     progress: Callable[[int, int], None],
 ) -> Plan:
     """Plan the training of a model whose weights need not be here.
@@ -49,6 +50,7 @@ def plan_model(
         model: a folder, a GGUF file, a catalogue name or a hub id.
         method: a name, an alias, a dotted path, or ``all``; those of ``plan.PREFERRED`` when not given.
         settings: ``options.NAME=VALUE`` of the method.
+        devices: how many of the device share the work.
         examples: of the training data; how long the job takes is estimated when it is given.
 
     Raises:
@@ -61,6 +63,7 @@ def plan_model(
     for flag, count in {**counts, "epochs": epochs}.items():
         if count is not None and not 0 < count < math.inf:
             raise UsageError(f"plan: --{flag} {count} must be positive.", "", "")
+    _check_devices(devices, device, global_batch or DEFAULT_GLOBAL_BATCH)
     values = _options(settings, method)
     methods, implied = _methods(method, values.get("options", {}))
     if precision is not None and implied is not None and precision != implied:
@@ -92,8 +95,22 @@ def plan_model(
         objective=objective,
         examples=examples,
         epochs=epochs or DEFAULT_EPOCHS,
+        devices=devices,
         progress=progress,
     )
+
+
+def _check_devices(devices: int, device: Hardware, global_batch: int) -> None:
+    if devices < 1:
+        raise UsageError(f"plan: --gpus {devices} must be positive.", "", "")
+    if devices > 1 and device.kind != "cuda":
+        raise UsageError(f"{device.name} is not a GPU.", "Several devices are planned for GPUs only.", "Use --gpus 1.")
+    if global_batch % devices:
+        raise UsageError(
+            f"A global batch of {global_batch} cannot be shared among {devices} GPUs.",
+            "Each must see as many examples of an update as the others.",
+            f"Try --global-batch {-(-global_batch // devices) * devices}.",
+        )
 
 
 def machines() -> list[Hardware]:

@@ -48,11 +48,11 @@ def along(low: Mapping[str, Work], high: Mapping[str, Work], place: float) -> di
     }
 
 
-def job(updates: int, update_seconds: float, hardware: Hardware) -> Job:
-    """Hours, energy and price of a number of updates."""
+def job(updates: int, update_seconds: float, hardware: Hardware, devices: int = 1) -> Job:
+    """Hours, energy and price of a number of updates on so many devices together."""
     hours = updates * update_seconds / 3600
-    watts, price = hardware.watts, hardware.price
-    return Job(hours, None if watts is None else hours * watts, None if price is None else hours * price)
+    watts, price = (None if each is None else devices * hours * each for each in (hardware.watts, hardware.price))
+    return Job(hours, watts, price)
 
 
 def _times(kind: str, work: Work, hardware: Hardware) -> tuple[float, float]:

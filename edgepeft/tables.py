@@ -132,9 +132,9 @@ def method(each: Mapping[str, Any]) -> None:
 def plan(found: Plan) -> None:
     """What fits, with the bytes of each kind at its peak."""
     free = found.hardware.available_bytes / GiB
-    title = f"{found.model} on {found.hardware.name}: {free:.1f} GiB free for a job"
+    title = f"{found.model} on {machine(found)}: {free:.1f} GiB free for a job{' on each' * (found.devices > 1)}"
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
-    for column in ("", "method", "precision", "checkpointed"):
+    for column in ("", "method", "precision", "checkpointed", *(["shared by"] * (found.devices > 1))):
         table.add_column(column)
     for column in (
         "microbatch",
@@ -160,6 +160,7 @@ def plan(found: Plan) -> None:
             each.method,
             each.precision,
             "yes" if each.checkpointing else "",
+            *([each.strategy] * (found.devices > 1)),
             str(each.microbatch),
             *(f"{size / GiB:.2f}" for size in sizes),
             each.phase,
@@ -184,6 +185,11 @@ def plan(found: Plan) -> None:
         _screen.print(f"Choice: {found.why}", highlight=False)
         if (job := _job(found)) is not None:
             _screen.print(job, highlight=False)
+
+
+def machine(found: Plan) -> str:
+    """The device, with how many of it."""
+    return found.hardware.name if found.devices == 1 else f"{found.devices} x {found.hardware.name}"
 
 
 def machines(plans: Sequence[Mapping[str, Any]]) -> None:
@@ -244,7 +250,7 @@ def markdown(found: Plan) -> str:
     """The plan as a Markdown table."""
     free = found.hardware.available_bytes / GiB
     lines = [
-        f"{found.model} on {found.hardware.name}, {free:.1f} GiB free. Sizes in GiB.",
+        f"{found.model} on {machine(found)}, {free:.1f} GiB free. Sizes in GiB.",
         "",
         "| verdict | method | precision | checkpointed | microbatch | process | tensors | peak in | estimated s/update "
         "| tokens/s | hours |",
@@ -252,6 +258,7 @@ def markdown(found: Plan) -> str:
     ]
     for number, each in enumerate(found.candidates):
         cells = [each.verdict + (" (choice)" if number == found.choice else ""), each.method, each.precision]
+        cells[1] += f" ({each.strategy})" if each.strategy else ""
         cells += ["yes" if each.checkpointing else "", str(each.microbatch)]
         cells += [f"{each.process_bytes / GiB:.2f}", f"{each.peak_bytes / GiB:.2f}", each.phase, *_times(found, each)]
         lines.append(f"| {' | '.join(cells)} |")

@@ -127,6 +127,14 @@ def test_groups_of_layers_are_extrapolated_as_groups() -> None:
         assert found[phase]["adapter"] == peak.bytes["adapter"]
 
 
+@pytest.mark.parametrize("method", ["attention_fusion", "diff_pruning"])
+def test_what_is_done_around_the_loss_may_grow_with_the_layers(method: str) -> None:
+    wanted = configuration(method, "bf16", microbatch=1)
+    found = extrapolate.surface(wanted).peaks(1)
+    for phase, peak in probe.peaks(wanted).items():
+        assert sum(found[phase].values()) == pytest.approx(peak.peak_bytes, rel=0.05), phase
+
+
 @pytest.mark.parametrize(("method", "options"), [("top_layers", {"layers": 7}), ("intrinsic_said", {"dimension": 42})])
 def test_what_the_whole_depth_refuses_is_refused_while_shallower_models_are_traced(
     method: str, options: dict[str, int]
@@ -262,3 +270,16 @@ def test_stopping_at_the_first_that_fits_chooses_the_same() -> None:
     every, soon = small_plan(**both), small_plan(**both, first=True)
     assert soon.chosen() == every.chosen()
     assert len(soon.candidates) == 1 < len(every.candidates)
+
+
+def test_several_devices_share_a_global_batch_in_two_ways() -> None:
+    values = {"hardware": hardware.load("a100-40gb"), "microbatch": 4}
+    one, four = small_plan(**values), small_plan(**values, devices=4, examples=160)
+    assert {each.strategy for each in four.candidates} == {"ddp", "fsdp"}
+    alone = one.chosen()
+    ddp, fsdp = sorted(four.candidates, key=lambda each: each.strategy)
+    assert fsdp.bytes["weights"] < alone.bytes["weights"] == ddp.bytes["weights"]
+    assert ddp.update_seconds is not None and alone.update_seconds is not None
+    assert ddp.update_seconds < alone.update_seconds  # a quarter of the microbatches, and the same update
+    assert "`edgepeft run` trains on one" in four.times and "`edgepeft run`" not in one.times
+    assert four.updates == 10 and four.as_json()["devices"] == 4

@@ -56,6 +56,11 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
         (["--gpu", "t4-16gb", "--examples", "0"], "--examples 0 must be positive"),
         (["--gpu", "t4-16gb", "--examples", "9", "--epochs", "nan"], "--epochs nan must be positive"),
         (["--gpu", "t4-16gb", "--objective", "beauty"], "'beauty' is not known"),
+        (["--gpu", "t4-16gb", "--gpus", "2", "--recipe", "r.toml"], "--gpus and --recipe"),
+        (["--all-gpus", "--gpus", "2"], "--all-gpus and --gpus"),
+        (["--gpu", "t4-16gb", "--gpus", "0"], "--gpus 0 must be positive"),
+        (["--gpu", "t4-16gb", "--gpus", "3"], "16 cannot be shared among 3"),
+        (["--gpu", "raspberry-pi-5-8gb", "--gpus", "2"], "is not a GPU"),
     ],
 )
 def test_flags_that_contradict_are_named(arguments: list[str], named: str) -> None:

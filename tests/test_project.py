@@ -37,7 +37,7 @@ FLOORS = (
         "ledger",
     },
     {"workspace", "train", "merge", "export"},
-    {"probe", "inferplan", "deploy", "report"},
+    {"probe", "inferplan", "deploy", "report", "sharding"},
     {"extrapolate", "measure"},
     {"traces"},
     {"plan"},
