@@ -132,7 +132,7 @@ def _train(
         if configuration.accumulates and not method.updates_in_backward and not stage.one_by_one:
             _touch(step)
     batch = example_batch(replace(configuration, microbatch=1) if stage.one_by_one else configuration)
-    with _phase(found, f"{prefix}forward+backward"), _growing_loss():
+    with _phase(found, f"{prefix}forward+backward"), _growing_loss(found):
         step.backward([batch], 1e-3)
     with _phase(found, f"{prefix}update"):
         step.update(0.5)
@@ -142,13 +142,23 @@ def _train(
 
 
 @contextlib.contextmanager
-def _growing_loss() -> Iterator[None]:
-    """The loss goes through the answers in chunks of a fixed size, so that no operator of it shows that it grows."""
+def _growing_loss(recording: Recording) -> Iterator[None]:
+    """The loss goes through the answers in chunks of a fixed size, so that no operator of it shows that it grows.
+
+    Where it begins and ends is noted, as what a method does around it may grow with the layers.
+    """
     before = training.loss_of
 
     def loss_of(model: torch.nn.Module, batch: Batch, found: torch.Tensor) -> torch.Tensor:
+        _note(recording, "loss")
         with work.growing():
-            return before(model, batch, found)
+            loss = before(model, batch, found)
+        _note(recording, "loss end")
+        if loss.requires_grad:
+            loss.register_hook(lambda gradient: _note(recording, "loss backward"))
+        if found.requires_grad:
+            found.register_hook(lambda gradient: _note(recording, "loss backward end"))
+        return loss
 
     training.loss_of = loss_of
     try:
@@ -249,6 +259,12 @@ def _collecting_only_ours() -> Iterator[None]:
 _current: list[list[tuple[tuple[str, int, int], int]]] = []
 
 
+def _note(found: Recording, what: str, stack: int = 0, index: int = 0) -> None:
+    """Note that something begins or ends now."""
+    if _current:
+        _current[-1].append(((what, stack, index), found.tracker.moment))
+
+
 def _follow_layers(backbone: Backbone, found: Recording) -> None:
     """Note where each layer begins and ends, forward and backward: traces of two depths are laid together there."""
     indices: dict[int, int] = {}
@@ -257,8 +273,7 @@ def _follow_layers(backbone: Backbone, found: Recording) -> None:
         module = backbone.model.get_submodule(block.path)
 
         def note(what: str, stack: int = block.stack, index: int = index) -> None:
-            if _current:
-                _current[-1].append(((what, stack, index), found.tracker.moment))
+            _note(found, what, stack, index)
 
         def ends(module: Any, args: Any, output: Any, note: Any = note) -> None:
             note("end")
