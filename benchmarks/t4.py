@@ -20,7 +20,7 @@ def trace(setup: dict[str, Any], layers: int | None) -> Tracker:
 
     Args:
         setup: ``model`` (hub id), ``quant`` ("nf4" or "none"), ``attention`` ("eager" or "sdpa"), ``rank``,
-            ``microbatch``, ``tokens``.
+            ``microbatch``, ``tokens``, ``peft`` (the version it ran with: fitcheck's ``manifest.json``).
     """
     import peft
 
@@ -38,7 +38,8 @@ def trace(setup: dict[str, Any], layers: int | None) -> Tracker:
             model.config.use_cache = False
             if nf4:
                 model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
-                tracker.empty_cache()
+                if setup["peft"] != "0.19":  # later versions empty the cache there
+                    tracker.empty_cache()
             rank = setup["rank"]
             lora = peft.LoraConfig(
                 r=rank, lora_alpha=2 * rank, lora_dropout=0.0, task_type="CAUSAL_LM", target_modules=TARGETS
