@@ -16,6 +16,7 @@ import torch
 import transformers
 from conformance import randomised
 from peft.tuners.lokr.layer import factorization
+from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -99,6 +100,22 @@ def theirs(family: str, config: peft.PeftConfig, folder: Path) -> list[torch.Ten
                 parameter.copy_(1 + noise if "ia3" in name or "norm" in name.lower() else noise)
     made.eval().save_pretrained(str(folder))
     return logits(made, family)
+
+
+def test_ranks_that_adalora_took_away(tmp_path: Path) -> None:
+    """PEFT leaves them out of the file."""
+    config = peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=10, init_r=4, target_r=2, lora_alpha=6)
+    made: Any = peft.get_peft_model(plain("llama"), config)
+    tiny.randomise(nn.ParameterList(p for p in made.parameters() if p.requires_grad))
+    layers = [name for name, module in made.base_model.model.named_modules() if hasattr(module, "lora_E")]
+    kept = [[True, False, True, True], [False, False, False, True], [False] * 4]
+    pattern = {f"{layer}.lora_E": kept[number % 3] for number, layer in enumerate(layers)}
+    made.peft_config["default"].rank_pattern = pattern
+    made.save_pretrained(str(tmp_path / "theirs"))
+    assert {len(t) for n, t in load_file(tmp_path / "theirs" / WEIGHTS).items() if n.endswith("lora_E")} == {0, 1, 3}
+    model = peft.PeftModel.from_pretrained(plain("llama"), tmp_path / "theirs").eval()
+    interop.convert(tmp_path / "theirs", tmp_path / "back")
+    assert relative_difference(logits(model, "llama"), loaded("llama", tmp_path / "back")) < 1e-5
 
 
 def test_every_form_is_tried() -> None:
