@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from edgepeft import adapter, backbone, counts, data, deploy, ledger, plan, probe, report
+from edgepeft import adapter, backbone, counts, data, deploy, ledger, plan, probe, report, schedule
 from edgepeft import merge as merging
 from edgepeft import recipe as recipes
 from edgepeft import train as training
@@ -69,7 +69,7 @@ class _Job:
         if self.recipe.method is not None:  # refuse what cannot be trained before the data is read
             method = base.create(self.recipe.method, self.recipe.options)
             if self.recipe.microbatch is not None:
-                training.check(self.recipe, method)
+                schedule.check(self.recipe, method)
         self.data = data.load(
             self.recipe.data,
             tokenizer=self.tokenizer,
@@ -99,7 +99,7 @@ class _Job:
         if size is None:
             size = plan.usable_microbatch(chosen.microbatch, recipe.global_batch)
         if method.updates_in_backward and recipe.microbatch is None and size != recipe.global_batch:
-            training.check(dataclasses.replace(recipe, microbatch=size), base.create(chosen.method, recipe.options))
+            schedule.check(dataclasses.replace(recipe, microbatch=size), base.create(chosen.method, recipe.options))
         self.recipe = dataclasses.replace(
             recipe,
             method=chosen.method,
@@ -126,7 +126,7 @@ class _Job:
                 "Choose another --out, or delete the folder to start over.",
             )
         method = base.create(self._needs("method"), self.recipe.options)
-        training.check(self.recipe, method)
+        schedule.check(self.recipe, method)
         self.space.finish("training", inputs)
         plain = self._load(self._needs("precision"))
         if ledger.find(self.space.ledger, "base") is None:

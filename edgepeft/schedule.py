@@ -1,12 +1,40 @@
-"""How many updates a run makes, which stage of its method each belongs to, and at which learning rate."""
+"""How many updates a run makes, of which batches, at which rates, and to which stage of its method each belongs."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from edgepeft.errors import UsageError
 from edgepeft.methods.base import Method, Stage
 from edgepeft.recipe import Recipe
+
+
+def check(recipe: Recipe, method: Method) -> None:
+    """Refuse combinations of batch sizes that cannot be trained.
+
+    Raises:
+        UsageError: see above.
+    """
+    assert recipe.microbatch is not None
+    if recipe.global_batch % recipe.microbatch:
+        raise UsageError(
+            f"A global batch of {recipe.global_batch} cannot be made of microbatches of {recipe.microbatch}.",
+            "It must be a multiple, so that every update sees as many examples.",
+            f"Try --set microbatch={math.gcd(recipe.global_batch, recipe.microbatch)}.",
+        )
+    if method.updates_in_backward and recipe.microbatch != recipe.global_batch:
+        raise UsageError(
+            f"{method.name} cannot accumulate gradients over microbatches.",
+            "It updates each layer inside backward and frees the gradient at once; that is where its saving is.",
+            f"Set global_batch to the microbatch, {recipe.microbatch}.",
+        )
+    if recipe.checkpointing and not method.backpropagates:
+        raise UsageError(
+            f"{method.name} gains nothing from checkpointing.",
+            "It keeps no activations of the backbone, and checkpointing would send gradients through it after all.",
+            "Try --set checkpointing=false.",
+        )
 
 
 def steps_per_epoch(examples: int, microbatch: int, global_batch: int) -> int:

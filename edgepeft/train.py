@@ -23,13 +23,13 @@ from edgepeft import adapter, checkpoint, events
 from edgepeft.backbone import Backbone
 from edgepeft.data import Data
 from edgepeft.data.batches import sample
-from edgepeft.errors import EdgePeftError, UsageError
+from edgepeft.errors import EdgePeftError
 from edgepeft.evaluate import better, evaluate
 from edgepeft.files import remove_leftovers
 from edgepeft.methods import base
 from edgepeft.methods.base import Method
 from edgepeft.recipe import Recipe
-from edgepeft.schedule import learning_rate, legs, total_steps
+from edgepeft.schedule import check, learning_rate, legs, total_steps
 from edgepeft.step import Batch, TrainingStep
 from edgepeft.watch import peak
 
@@ -74,33 +74,6 @@ class _Progress:
     def peak_bytes(self) -> int:
         """Of the steps alone."""
         return max((stage["peak_bytes"] for stage in self.stages), default=0)
-
-
-def check(recipe: Recipe, method: Method) -> None:
-    """Refuse combinations of batch sizes that cannot be trained.
-
-    Raises:
-        UsageError: see above.
-    """
-    assert recipe.microbatch is not None
-    if recipe.global_batch % recipe.microbatch:
-        raise UsageError(
-            f"A global batch of {recipe.global_batch} cannot be made of microbatches of {recipe.microbatch}.",
-            "It must be a multiple, so that every update sees as many examples.",
-            f"Try --set microbatch={math.gcd(recipe.global_batch, recipe.microbatch)}.",
-        )
-    if method.updates_in_backward and recipe.microbatch != recipe.global_batch:
-        raise UsageError(
-            f"{method.name} cannot accumulate gradients over microbatches.",
-            "It updates each layer inside backward and frees the gradient at once; that is where its saving is.",
-            f"Set global_batch to the microbatch, {recipe.microbatch}.",
-        )
-    if recipe.checkpointing and not method.backpropagates:
-        raise UsageError(
-            f"{method.name} gains nothing from checkpointing.",
-            "It keeps no activations of the backbone, and checkpointing would send gradients through it after all.",
-            "Try --set checkpointing=false.",
-        )
 
 
 def train(
