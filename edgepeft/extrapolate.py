@@ -9,7 +9,7 @@ with the number of layers: two depths give every depth, moment by moment.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from edgepeft.catalog.fields import at_depth, depth
 from edgepeft.cross_entropy import chunks
 from edgepeft.methods import base
 from edgepeft.precision import is_packed
-from edgepeft.probe import Recording, record, refuse_whole
+from edgepeft.probe import Recording, recordings, refuse_whole
 from edgepeft.roofline import Work, along
 from edgepeft.surface import KINDS, WORKING, Configuration, Moment, Surface
 
@@ -52,6 +52,14 @@ class Timeline:
 
 def surface(configuration: Configuration) -> Surface:
     """What the configuration needs at any microbatch, from as few and as shallow traces as will do."""
+    return surfaces(configuration, [configuration.checkpointing])[0]
+
+
+def surfaces(configuration: Configuration, checkpointing: Sequence[bool]) -> list[Surface]:
+    """The same at each wanted value of ``checkpointing``.
+
+    Traces share all but the forward and backward passes, unless a stage of the method begins with what they leave.
+    """
     saturated = _saturated(configuration)
     full = depth(configuration.model)
     method = base.create(configuration.method, configuration.options)
@@ -60,9 +68,22 @@ def surface(configuration: Configuration) -> Surface:
     if method.counts_layers and len(depths) > 1:
         refuse_whole(configuration, method)
     size = _prime(configuration, max(saturated, 11))
-    recorded = [_recorded(configuration, layers, size) for layers in depths]
+    if len(checkpointing) > 1 and len(method.stages()) > 1:
+        return [surface(replace(configuration, checkpointing=again)) for again in checkpointing]
+    traces = [_recorded(configuration, checkpointing, layers, size) for layers in depths]
+    ones: Sequence[Recording | None] = [None] * len(checkpointing)
+    if saturated > 1:
+        ones = _recorded(configuration, checkpointing, depths[0], 1)
+    return [_surface(configuration, depths, size, recorded, one) for *recorded, one in zip(*traces, ones, strict=True)]
+
+
+def _surface(
+    configuration: Configuration, depths: Sequence[int], size: int, recorded: Sequence[Any], one: Recording | None
+) -> Surface:
+    """From recordings at ``depths`` and the microbatch ``size``, and one at microbatch 1 where that is different."""
+    full, saturated = depth(configuration.model), _saturated(configuration)
     traced = [_timelines(configuration, recording, size) for recording in recorded]
-    single = _timelines(configuration, _recorded(configuration, depths[0], 1), 1) if saturated > 1 else None
+    single = _timelines(configuration, one, 1) if one is not None else None
     grown = (full - depths[-1]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
     phases = {}
     for phase, low in traced[0].items():
@@ -136,8 +157,9 @@ def _needed(moments: list[Moment], saturated: int) -> Iterator[Moment]:
     return (moments[index] for index in sorted(winners))
 
 
-def _recorded(configuration: Configuration, layers: int, size: int) -> Recording:
-    return record(replace(configuration, model=at_depth(configuration.model, layers), microbatch=size), whole=True)
+def _recorded(configuration: Configuration, checkpointing: Sequence[bool], layers: int, size: int) -> list[Recording]:
+    shallow = replace(configuration, model=at_depth(configuration.model, layers), microbatch=size)
+    return recordings(shallow, checkpointing, whole=True)
 
 
 def _timelines(configuration: Configuration, recording: Recording, size: int) -> dict[str, Timeline]:

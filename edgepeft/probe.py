@@ -6,7 +6,7 @@ import contextlib
 import copy
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,8 @@ from edgepeft.methods.base import Method, NotMergeable, Stage
 from edgepeft.step import Batch, TrainingStep
 from edgepeft.surface import Configuration
 from edgepeft.trace import Peak, Tracker, fake_device
+
+_PASSES, _RECOMPUTED = "forward+backward", "recomputed "
 
 
 @dataclass
@@ -46,7 +48,12 @@ def peaks(configuration: Configuration) -> dict[str, Peak]:
 
 
 def record(configuration: Configuration, *, whole: bool) -> Recording:
-    """Trace the configuration as it is.
+    """Trace the configuration as it is; see ``recordings``."""
+    return recordings(configuration, [configuration.checkpointing], whole=whole)[0]
+
+
+def recordings(configuration: Configuration, checkpointing: Sequence[bool], *, whole: bool) -> list[Recording]:
+    """Trace the configuration at each wanted value of its ``checkpointing``, and once what that does not change.
 
     Phases: ``loading``, ``forward+backward`` and ``update`` (of every stage, in the steady state) and, if ``whole``,
     ``evaluation`` at the training's microbatch and ``merge``, which ends in fp32 and includes its own evaluations.
@@ -65,21 +72,19 @@ def record(configuration: Configuration, *, whole: bool) -> Recording:
         with _converting():
             base.apply(method, backbone)
         _follow_layers(backbone, found)
-        if configuration.checkpointing:
-            backbone.model.activation_checkpointing_enable()
         stages = method.stages()
         for number, stage in enumerate(stages):
             if number:
                 base.begin(method, backbone, number)
             prefix = f"{stage.name}: " if len(stages) > 1 else ""
-            _train(configuration, backbone, method, stage, own, prefix, found)
+            _train(configuration, checkpointing, backbone, method, stage, own, prefix, found)
         if whole:
             with _phase(found, "evaluation"):
                 totals(backbone.model, [example_batch(configuration)])
             backbone.model.eval()
             with _converting(), _phase(found, "merge"):
                 _merge(configuration, backbone, method)
-        return found
+        return [_only(found, again) for again in checkpointing]
 
 
 def refuse_whole(configuration: Configuration, method: Method) -> None:
@@ -90,6 +95,21 @@ def refuse_whole(configuration: Configuration, method: Method) -> None:
     """
     with torch.device("meta"), _quietly():
         base.apply(method, _skeleton(configuration, "bf16", method))
+
+
+def _only(found: Recording, checkpointing: bool) -> Recording:
+    """With the passes at one value of ``checkpointing``."""
+
+    def chosen(phases: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name.replace(_RECOMPUTED, ""): value
+            for name, value in phases.items()
+            if not name.endswith(_PASSES) or (_RECOMPUTED in name) == checkpointing
+        }
+
+    tracker = copy.copy(found.tracker)
+    tracker.phases = chosen(tracker.phases)
+    return Recording(tracker, chosen(found.marks), found.own)
 
 
 def as_fields(config: PretrainedConfig) -> dict[str, Any]:
@@ -105,6 +125,7 @@ def _skeleton(configuration: Configuration, at: str, method: Method) -> Backbone
 
 def _train(
     configuration: Configuration,
+    checkpointing: Sequence[bool],
     backbone: Backbone,
     method: Method,
     stage: Stage,
@@ -125,20 +146,37 @@ def _train(
     tracker.label_model(model, [p for n, p in model.named_parameters() if p.requires_grad and n not in own])
     # The steady state: optimizer states exist, and with accumulation the gradients of earlier microbatches too. Both
     # are there after a backward pass and an update on any loss, so the cheapest one is taken.
+    accumulates = configuration.accumulates and not method.updates_in_backward and not stage.one_by_one
     with tracker.phase("start"):
         _touch(step)
         step.update(0.5)
         tracker.label_optimizer(optimizer)
-        if configuration.accumulates and not method.updates_in_backward and not stage.one_by_one:
+        if accumulates:
             _touch(step)
     batch = example_batch(replace(configuration, microbatch=1) if stage.one_by_one else configuration)
-    with _phase(found, f"{prefix}forward+backward"), _growing_loss(found):
-        step.backward([batch], 1e-3)
+    for again in checkpointing:
+        if not accumulates:
+            for parameter in step.trained:
+                parameter.grad = None
+        name = f"{prefix}{_RECOMPUTED if again else ''}{_PASSES}"
+        with _checkpointed(model, again), _phase(found, name), _growing_loss(found):
+            step.backward([batch], 1e-3)
     with _phase(found, f"{prefix}update"):
         step.update(0.5)
     states = [value for state in optimizer.state.values() for value in state.values()]
     held = [*base.state(model, transient=True).values(), *(value for value in states if torch.is_tensor(value))]
     found.own = sum(tensor.nbytes for tensor in held)
+
+
+@contextlib.contextmanager
+def _checkpointed(model: Any, again: bool) -> Iterator[None]:
+    if again:
+        model.activation_checkpointing_enable()
+    try:
+        yield
+    finally:
+        if again:
+            model.activation_checkpointing_disable()
 
 
 @contextlib.contextmanager

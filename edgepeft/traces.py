@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -147,47 +147,59 @@ def _catalogue_name(model: Mapping[str, Any]) -> str | None:
 
 def _trace(
     wanted: Sequence[Configuration], progress: Callable[[int], None]
-) -> list[tuple[int, Surface | EdgePeftError]]:
-    """Traces run in processes of their own, one per core: a crash in one says which, and leaves the rest alone."""
-    if len(wanted) == 1:
-        return [(0, _surface(wanted[0]))]
+) -> Iterator[tuple[int, Surface | EdgePeftError]]:
+    """Traces run in processes of their own, one per core: a crash in one says which, and leaves the rest alone.
+
+    Configurations that differ in nothing but checkpointing are traced together.
+    """
+    together: dict[str, list[int]] = {}
+    for index, configuration in enumerate(wanted):
+        together.setdefault(repr(replace(configuration, checkpointing=False)), []).append(index)
+    jobs = [[wanted[index] for index in indices] for indices in together.values()]
+    if len(jobs) == 1:
+        yield from enumerate(_surfaces(jobs[0]))
+        return
     import concurrent.futures
     import multiprocessing
 
-    workers = min(len(wanted), len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count() or 1)
+    workers = min(len(jobs), len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-        futures = [pool.submit(_surface, configuration) for configuration in wanted]
-        for done, _ in enumerate(concurrent.futures.as_completed(futures), start=1):
+        futures = {pool.submit(_surfaces, job): indices for job, indices in zip(jobs, together.values(), strict=True)}
+        done = 0
+        for future in concurrent.futures.as_completed(futures):
+            done += len(futures[future])
             progress(done)
-    results: list[tuple[int, Surface | EdgePeftError]] = []
-    for index, future in enumerate(futures):
+    for future, indices in futures.items():
         crash = future.exception()
-        what = f"{wanted[index].method} at {wanted[index].precision}"
+        what = f"{wanted[indices[0]].method} at {wanted[indices[0]].precision}"
         lost = EdgePeftError(f"{what} could not be traced.", f"{type(crash).__name__}: {crash}", "Please report it.")
-        results.append((index, future.result() if crash is None else lost))
-    return results
+        yield from zip(indices, future.result() if crash is None else [lost] * len(indices), strict=True)
 
 
-def _surface(configuration: Configuration) -> Surface | EdgePeftError:
+def _surfaces(wanted: Sequence[Configuration]) -> Sequence[Surface | EdgePeftError]:
+    """Of configurations that differ in nothing but checkpointing."""
     from edgepeft import extrapolate
 
     try:
-        traced = extrapolate.surface(configuration)
+        traced = extrapolate.surfaces(wanted[0], [configuration.checkpointing for configuration in wanted])
     except EdgePeftError as error:  # the method is not for this model; the others may be
-        return error
+        return [error] * len(wanted)
     except Exception as error:
-        if path_of(configuration.method) is None:
+        method = wanted[0].method
+        if path_of(method) is None:
             raise
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        return EdgePeftError(  # layers of PEFT's, some of which look at values
-            f"{configuration.method} cannot be planned.",
+        refusal = EdgePeftError(  # layers of PEFT's, some of which look at values
+            f"{method} cannot be planned.",
             f"PEFT failed in a step on tensors without values: {why.rstrip('.')}.",
             "What is not planned is not trained here; PEFT itself may train it.",
         )
+        return [refusal] * len(wanted)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-        write_json(_path(configuration), traced.plain())
-    return surface.read(traced.plain())
+        for configuration, found in zip(wanted, traced, strict=True):
+            write_json(_path(configuration), found.plain())
+    return [surface.read(found.plain()) for found in traced]
 
 
 def _stored(configuration: Configuration) -> Surface | None:
