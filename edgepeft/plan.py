@@ -107,16 +107,27 @@ class Plan:
             raise EdgePeftError(*self.nothing_fits())
         return self.candidates[self.choice]
 
+    @property
+    def machine(self) -> str:
+        """The device, with how many of it."""
+        return self.hardware.name if self.devices == 1 else f"{self.devices} x {self.hardware.name}"
+
+    @property
+    def least(self) -> Candidate:
+        """The candidate that needs least on one device."""
+        return min(self.candidates, key=lambda candidate: candidate.process_bytes)
+
     def nothing_fits(self) -> tuple[str, str, str]:
         """Fact, cause and remedy when there is no choice."""
-        least = min(self.candidates, key=lambda candidate: candidate.peak_bytes)
+        least = self.least
         need = needed_bytes(least.reserved_bytes, self.hardware)
+        tried = "any method" if len({each.method for each in self.candidates}) > 1 else least.method
         largest = max(least.bytes, key=lambda kind: least.bytes[kind])
         others = sorted((profiles.load(name) for name in profiles.names()), key=lambda h: h.available_bytes)
         enough = [h.name for h in others if needed_bytes(least.reserved_bytes, h) <= h.available_bytes]
         remedy = f"It would fit {enough[0]}." if enough else "No profile of one device has that much."
         return (
-            f"{self.model} does not fit {self.hardware.name} with any method: the least is {least.method} at "
+            f"{self.model} does not fit {self.machine} with {tried}: the least is {least.method} at "
             f"{least.precision} with {need / GiB:.1f} GiB, and {self.hardware.available_bytes / GiB:.1f} GiB are free.",
             f"Largest part: {largest}, {least.bytes[largest] / GiB:.1f} GiB.",
             f"{remedy} Shorter sequences (--seq-len) or a smaller model need less.",

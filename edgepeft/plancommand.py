@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,32 +70,33 @@ def plan(
     _needs("--epochs", epochs, "--examples or --recipe", examples is not None or recipe is not None)
     _alone("--json", as_json, {"--markdown": markdown or None}, "Both are printed to the same place.")
 
-    from edgepeft import hardware, planning, tables
+    from edgepeft import alternatives, hardware, planning, tables
     from edgepeft import recipe as recipes
 
-    def planned(device: hardware.Hardware) -> Plan:
-        return planning.plan_model(
-            model,
-            device,
-            task=task,
-            method=method,
-            precision=precision,
-            tokens=seq_len,
-            target_tokens=target_len,
-            global_batch=global_batch,
-            settings=settings or [],
-            trust_remote_code=trust_remote_code,
-            objective=objective,
-            examples=examples,
-            epochs=epochs,
-            devices=gpus,
-            progress=tables.quiet if as_json else tables.progress(f"tracing for {device.name}"),
-        )
+    asked: dict[str, Any] = {
+        "task": task,
+        "method": method,
+        "precision": precision,
+        "tokens": seq_len,
+        "target_tokens": target_len,
+        "global_batch": global_batch,
+        "settings": settings or [],
+        "trust_remote_code": trust_remote_code,
+        "objective": objective,
+        "examples": examples,
+        "epochs": epochs,
+        "devices": gpus,
+    }
+
+    def planned(device: hardware.Hardware, **changes: Any) -> Plan:
+        progress = tables.quiet if as_json else tables.progress(f"tracing for {device.name}")
+        return planning.plan_model(model, device, **{**asked, **changes}, progress=progress)
 
     if all_gpus:
         _machines([planned(device) for device in planning.machines()], html, as_json)
         return
-    found = planned(planning.leaving(hardware.load(gpu or hardware.AUTO), round(reserve * 2**30)))
+    device = planning.leaving(hardware.load(gpu or hardware.AUTO), round(reserve * 2**30))
+    found = planned(device)
     if as_json:
         _print_json(found.as_json())
     elif markdown:
@@ -107,7 +109,13 @@ def plan(
     if found.choice is None:
         if as_json:
             raise typer.Exit(1)
-        raise EdgePeftError(*found.nothing_fits())
+        fact, cause, _ = found.nothing_fits()
+        tables.say("Nothing fits. Looking for what would ...")
+        again = partial(planned, device)
+        tokens = seq_len or planning.DEFAULT_TOKENS
+        raise EdgePeftError(
+            fact, cause, alternatives.remedy(found, again, tokens=tokens, method=method, precision=precision)
+        )
 
 
 def _machines(plans: Sequence[Plan], html: Path | None, as_json: bool) -> None:

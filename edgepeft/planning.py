@@ -39,6 +39,7 @@ def plan_model(
     examples: int | None = None,
     epochs: float | None = None,
     devices: int = 1,
+    first: bool = False,
     progress: Callable[[int, int], None],
 ) -> Plan:
     """Plan the training of a model whose weights need not be here.
@@ -51,6 +52,7 @@ def plan_model(
         method: a name, an alias, a dotted path, or ``all``; those of ``plan.PREFERRED`` when not given.
         settings: ``options.NAME=VALUE`` of the method.
         devices: how many of the device share the work.
+        first: stop at the first candidate that fits comfortably.
         examples: of the training data; how long the job takes is estimated when it is given.
 
     Raises:
@@ -96,6 +98,7 @@ def plan_model(
         examples=examples,
         epochs=epochs or DEFAULT_EPOCHS,
         devices=devices,
+        first=first,
         progress=progress,
     )
 

@@ -132,7 +132,7 @@ def method(each: Mapping[str, Any]) -> None:
 def plan(found: Plan) -> None:
     """What fits, with the bytes of each kind at its peak."""
     free = found.hardware.available_bytes / GiB
-    title = f"{found.model} on {machine(found)}: {free:.1f} GiB free for a job{' on each' * (found.devices > 1)}"
+    title = f"{found.model} on {found.machine}: {free:.1f} GiB free for a job{' on each' * (found.devices > 1)}"
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
     for column in ("", "method", "precision", "checkpointed", *(["shared by"] * (found.devices > 1))):
         table.add_column(column)
@@ -185,11 +185,6 @@ def plan(found: Plan) -> None:
         _screen.print(f"Choice: {found.why}", highlight=False)
         if (job := _job(found)) is not None:
             _screen.print(job, highlight=False)
-
-
-def machine(found: Plan) -> str:
-    """The device, with how many of it."""
-    return found.hardware.name if found.devices == 1 else f"{found.devices} x {found.hardware.name}"
 
 
 def machines(plans: Sequence[Mapping[str, Any]]) -> None:
@@ -250,7 +245,7 @@ def markdown(found: Plan) -> str:
     """The plan as a Markdown table."""
     free = found.hardware.available_bytes / GiB
     lines = [
-        f"{found.model} on {machine(found)}, {free:.1f} GiB free. Sizes in GiB.",
+        f"{found.model} on {found.machine}, {free:.1f} GiB free. Sizes in GiB.",
         "",
         "| verdict | method | precision | checkpointed | microbatch | process | tensors | peak in | estimated s/update "
         "| tokens/s | hours |",

@@ -94,10 +94,12 @@ def test_galore_refuses_accumulation(tmp_path: Path) -> None:
 def test_plan_exits_with_1_when_nothing_fits(tmp_path: Path) -> None:
     profile = tmp_path / "toy.toml"
     profile.write_text(
-        'kind = "cuda"\ntitle = "Toy"\nmemory_bytes = 1_000_000_000\nreserved_bytes = 500_000_000\n'
+        'kind = "cuda"\ntitle = "Toy"\nmemory_bytes = 500_010_000\nreserved_bytes = 500_000_000\n'
         'bandwidth = 1e11\nproviders = ["CPUExecutionProvider"]\n[flops]\nfp32 = 1e12\nbf16 = 2e12\n'
     )
-    arguments = ["--model", "gpt2-xl", "--gpu", profile, "--method", "lora", "--precision", "bf16"]
-    refused(edgepeft("plan", *arguments, EDGEPEFT_CACHE=str(tmp_path)), 1, "does not fit", "would fit")
+    config = {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 256, "n_positions": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ["--model", tmp_path, "--gpu", profile, "--method", "ln_tuning", "--precision", "nf4"]
+    refused(edgepeft("plan", *arguments, EDGEPEFT_CACHE=str(tmp_path)), 1, "does not fit", "What would: ")
     found = edgepeft("plan", *arguments, "--json", EDGEPEFT_CACHE=str(tmp_path))
     assert found.returncode == 1 and json.loads(found.stdout)["choice"] is None

@@ -41,7 +41,7 @@ FLOORS = (
     {"extrapolate", "measure"},
     {"traces"},
     {"plan"},
-    {"planning", "pipeline", "tables"},
+    {"planning", "pipeline", "tables", "alternatives"},
     {"plancommand"},
     {"cli", "__main__"},
 )

@@ -1,0 +1,95 @@
+"""What would fit when nothing does: the nearest changes to the question, each found by planning again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from edgepeft import hardware
+from edgepeft.errors import UsageError
+from edgepeft.plan import GiB, Plan, needed_bytes
+
+SHORTEST = 32  # tokens: shorter sequences are not proposed
+SMALLEST = "nf4"
+MORE = (2, 4, 8)  # devices
+STATIC = ("weights", "adapter", "gradients", "optimizer")
+
+Again = Callable[..., Plan]
+
+
+def remedy(failed: Plan, again: Again, *, tokens: int, method: str | None, precision: str | None) -> str:
+    """A sentence for the error, with all kinds of changes that help, each alone.
+
+    Args:
+        again: plans anew with changed arguments of ``planning.plan_model``.
+        tokens, method, precision: what was asked for.
+    """
+    ways = [*_smaller(again, method, precision), *_shorter(failed, again, tokens, method)]
+    ways += [*_more(failed, again, method), *_larger(failed)]
+    if ways:
+        return f"What would: {'; '.join(ways)}."
+    return "A smaller model needs less. No profile has as much memory as this one takes."
+
+
+def _smaller(again: Again, method: str | None, precision: str | None) -> Iterator[str]:
+    """The smallest precision with the same method, or else with any."""
+    if method is not None and precision not in (None, SMALLEST):
+        found = _planned(again, precision=SMALLEST, first=True)
+        if found is not None:
+            yield f"--method {method} --precision {_chosen(found)}"
+            return
+    if method is not None or precision is not None:
+        found = _planned(again, method=None, precision=SMALLEST, settings=[], first=True)
+        if found is not None:
+            yield f"--method {found.chosen().method} --precision {_chosen(found)}"
+
+
+def _shorter(failed: Plan, again: Again, tokens: int, method: str | None) -> Iterator[str]:
+    """Shorter sequences, where what does not depend on them leaves room."""
+    least = failed.least
+    static = sum(size for kind, size in least.bytes.items() if kind in STATIC)
+    if needed_bytes(static, failed.hardware) > failed.hardware.available_bytes:
+        return
+    while (tokens := tokens // 2) >= SHORTEST:
+        found = _planned(again, tokens=tokens, method=method or least.method, precision=least.precision)
+        if found is not None:
+            yield f"--seq-len {tokens} with {found.chosen().method} on {_chosen(found)}"
+            return
+
+
+def _more(failed: Plan, again: Again, method: str | None) -> Iterator[str]:
+    """Several of the same GPU."""
+    if failed.devices > 1 or failed.hardware.kind != "cuda":
+        return
+    least = failed.least
+    for devices in MORE:
+        found = _planned(again, devices=devices, method=method or least.method, first=True)
+        if found is not None:
+            several = f"{devices} x {failed.hardware.name} (--gpus {devices})"
+            yield f"{several} with {found.chosen().method} on {_chosen(found)}"
+            return
+
+
+def _larger(failed: Plan) -> Iterator[str]:
+    """The smallest machine of the same kind that has enough."""
+    least = failed.least
+    devices = sorted(map(hardware.load, hardware.names()), key=lambda device: device.available_bytes)
+    for device in devices:
+        alike = (device.kind, device.bf16) == (failed.hardware.kind, failed.hardware.bf16)
+        if alike and needed_bytes(least.reserved_bytes, device) <= device.available_bytes:
+            several = f"{failed.devices} x " if failed.devices > 1 else ""
+            yield f"{several}{device.name} with {least.method} on {least.precision}"
+            return
+
+
+def _planned(again: Again, **changes: Any) -> Plan | None:
+    with contextlib.suppress(UsageError):  # such as a global batch that so many devices cannot share
+        found = again(**changes)
+        return found if found.choice is not None else None
+    return None
+
+
+def _chosen(found: Plan) -> str:
+    chosen = found.chosen()
+    return f"{chosen.precision} ({chosen.process_bytes / GiB:.1f} GiB)"

@@ -1,0 +1,76 @@
+"""When nothing fits, what would is found by planning again, and it is true."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgepeft import alternatives, hardware, planning
+from edgepeft.hardware import Hardware
+from edgepeft.plan import Plan
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 2048,
+}
+ASKED: dict[str, Any] = {
+    **dict.fromkeys(("task", "target_tokens", "global_batch")),
+    "method": "ln_tuning",
+    "precision": "bf16",
+    "tokens": 2048,
+    "settings": [],
+    "trust_remote_code": False,
+    "progress": lambda done, total: None,
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPEFT_CACHE", str(tmp_path_factory.getbasetemp() / "traces"))
+
+
+@pytest.fixture
+def again(tmp_path: Path) -> Callable[..., Plan]:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+
+    def plan(device: Hardware, **changes: Any) -> Plan:
+        return planning.plan_model(str(tmp_path), device, **{**ASKED, **changes})
+
+    return plan
+
+
+def test_shorter_sequences_and_larger_machines_are_proposed_where_they_fit(again: Callable[..., Plan]) -> None:
+    device = hardware.load("a100-40gb")
+    sizes = [again(with_free(device, 1 << 20), tokens=tokens).least.process_bytes for tokens in (2048, 1024)]
+    small = with_free(device, sum(sizes) // 2)
+    failed = again(small)
+    assert failed.choice is None
+    said = alternatives.remedy(
+        failed, lambda **changes: again(small, **changes), tokens=2048, method="ln_tuning", precision="bf16"
+    )
+    assert "--seq-len 1024 with ln_tuning on bf16" in said
+    assert "jetson-orin-nano-8gb with ln_tuning on bf16" in said
+    assert again(small, tokens=1024).choice is not None
+
+
+def test_sequences_are_not_shortened_in_vain(again: Callable[..., Plan]) -> None:
+    none = with_free(hardware.load("a100-40gb"), 1 << 20)  # less than the weights
+    failed = again(none)
+    said = alternatives.remedy(
+        failed, lambda **changes: again(none, **changes), tokens=2048, method=None, precision=None
+    )
+    assert "--seq-len" not in said and "--method" not in said and "jetson" in said
+
+
+def with_free(device: Hardware, free_bytes: int) -> Hardware:
+    return replace(device, memory_bytes=device.reserved_bytes + free_bytes)
