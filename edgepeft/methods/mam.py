@@ -29,6 +29,7 @@ class MAM(Method):
     obstacle = prefix.OBSTACLE
     identity_at_start = False
     overhead = "a prefix before each attention's tokens, a bottleneck beside each feed-forward"
+    learning_rate = 1e-4  # as in parallel
     narrow = {"length": 5, "bottleneck": 16}
 
     length: int = 30
