@@ -27,10 +27,12 @@ def test_nodes_are_trained_as_rows_of_a_dense_layer_are(family: str) -> None:
     first, last = method.stages()
     conformance.train(made.model, method, first, batches[0], 3)
     moved: dict[str, Tensor] = {}
+    primed: dict[str, Tensor] = {}
     owner = {id(module): name for name, module in made.model.named_modules()}
     for place in change.changed(made.model):
         assert isinstance(place.change, change.Dense)
         name, distance = owner[id(place.owners[0][0])], place.change.delta.detach().abs()
+        primed[f"{name}.{place.owners[0][1]}"] = place.change.delta.detach().clone()
         moved[name] = moved.get(name, torch.zeros(())) + (distance.sum(1) if distance.dim() > 1 else distance)
     base.begin(method, made, 1)
     names = made.anatomy.linears(FEED_FORWARD)
@@ -48,9 +50,10 @@ def test_nodes_are_trained_as_rows_of_a_dense_layer_are(family: str) -> None:
             there.copy_(here)
     masks: list[tuple[nn.Parameter, Tensor]] = []
     for name, nodes in chosen.items():
-        for parameter in plain.model.get_submodule(name).parameters():
+        for leaf, parameter in plain.model.get_submodule(name).named_parameters():
             mask = torch.zeros_like(parameter)
             mask[nodes] = 1
+            parameter.data.addcmul_(mask, primed[f"{name}.{leaf}"])  # learners go on from where priming left them
             masks.append((parameter.requires_grad_(True), mask))
     optimizer = last.optimizer(made.model, RATE, 0.0)
     dense = torch.optim.AdamW([*trained, *(p for p, _ in masks)], lr=RATE, weight_decay=0.0)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from edgepeft.anatomy import FEED_FORWARD, Anatomy
 from edgepeft.methods.base import Method, Paper, Stage
@@ -16,8 +15,9 @@ from edgepeft.placements import change, delta, nodes, selection
 class FAR(Method):
     """Freeze And Reconfigure: a node is a row of a feed-forward layer's weight and its bias.
 
-    The first stage fine-tunes all of these layers. Then each keeps the nodes with the largest L1 distance from the
-    backbone, which start there again.
+    The first stage, priming, fine-tunes all of these layers. Then the learner nodes of each, those with the largest L1
+    distance from the backbone, go on from where they are; all others are the backbone's again, and frozen. What is
+    trained is multiplied apart, and takes its place among the outputs.
     """
 
     paper = Paper("Efficient Fine-Tuning of BERT Models on the Edge", 2022, "2205.01541")
@@ -51,13 +51,15 @@ class FAR(Method):
         selection.fold(model)
 
     def _reconfigure(self, model: nn.Module, anatomy: Anatomy) -> None:
-        distances: dict[nn.Module, Any] = {}
+        moved: dict[nn.Module, dict[str, Tensor]] = {}
         for place in change.changed(model):
             assert isinstance(place.change, change.Dense)
-            ((linear, _),) = place.owners
-            moved = place.change.delta.detach().abs()
-            distances[linear] = distances.get(linear, 0) + (moved.sum(1) if moved.dim() > 1 else moved)
+            ((linear, leaf),) = place.owners
+            moved.setdefault(linear, {})[leaf] = place.change.delta.detach()
             change.remove(place)
-        for linear, distance in distances.items():
+        while moved:  # one by one: what priming moved in a layer is let go of with it
+            linear, by = moved.popitem()
             assert isinstance(linear, nn.Linear)
-            delta.attach(linear, nodes.Nodes(linear, nodes.most_changed(distance, self.retention)))
+            distance = sum(d.abs().sum(1) if d.dim() > 1 else d.abs() for d in by.values())
+            assert isinstance(distance, Tensor)
+            delta.attach(linear, nodes.Nodes(linear, nodes.most_changed(distance, self.retention), by))

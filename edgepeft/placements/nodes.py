@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -17,16 +19,18 @@ class Nodes(delta.Delta):
     Args:
         linear: a layer with plain weights.
         nodes: which outputs are trained, ascending, (nodes,).
+        moved: by parameter of the layer, how far the nodes start from the layer's own: of the parameter's shape.
     """
 
     nodes: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, linear: nn.Linear, nodes: Tensor) -> None:
+    def __init__(self, linear: nn.Linear, nodes: Tensor, moved: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.register_buffer("nodes", nodes)
-        self.weight = nn.Parameter(linear.weight.detach()[nodes].float())
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach()[nodes].float())
+        start = {name: own.detach()[nodes].float() + moved[name][nodes] for name, own in linear.named_parameters()}
+        self.weight = nn.Parameter(start["weight"])
+        self.bias = nn.Parameter(start["bias"]) if "bias" in start else None
 
     def forward(self, x: Tensor, output: Tensor, linear: nn.Module) -> Tensor:
         trained = precision.linear(x, self.weight)
