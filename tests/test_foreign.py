@@ -157,6 +157,8 @@ def test_options_missing_files_and_a_missing_peft_are_refused(tmp_path: Path, mo
     name = peft_types.write(tmp_path, LORA)
     with pytest.raises(UsageError, match="takes no options"):
         base.create(name, {"r": 8})
+    with pytest.raises(UsageError, match="describe"):
+        base.describe(base.find(name))
     monkeypatch.setitem(__import__("sys").modules, "peft.mapping", None)
     with pytest.raises(UsageError, match=r"edgepeft\[peft\]"):
         base.create(name)

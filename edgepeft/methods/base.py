@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DEPTHS = (2, 4)  # layers of the models that are traced for planning; even, as LST pairs them
 
+_FOREIGN = "edgepeft.foreign"  # imported by name: it stands on this module
 Kind = Literal["additive", "selective", "reparametrised", "hybrid"]
 
 
@@ -272,7 +273,7 @@ def find(name: str) -> type[Method]:
     if name in names():
         return _class_in(f"{__package__}.{name}")
     if path_of(name) is not None:
-        return _class_in("edgepeft.foreign")
+        return _class_in(_FOREIGN)
     if "." in name:
         return _class_in(name)
     for method in map(find, names()):
@@ -362,6 +363,10 @@ def describe(method: type[Method]) -> dict[str, Any]:
     """A method as plain data: its place in the survey's taxonomy, its paper and its hyper-parameters."""
     import ast
 
+    if method.__module__ == _FOREIGN:
+        raise UsageError(
+            "edgepeft does not describe what HF PEFT can do.", "Its documentation does.", "Or see docs/peft.md."
+        )
     name = method.__module__.removeprefix(f"{__package__}.")
     body = ast.parse(inspect.getsource(method)).body[0]
     assert isinstance(body, ast.ClassDef)
