@@ -112,7 +112,7 @@ def _bar(bench: Bench, lines: list[Line]) -> tuple[str, float, float]:
     if head is not None:
         return "head alone", head.mean("score"), head.mean("loss")
     runs = _before(bench)
-    return "untuned", *(statistics.mean(run[what] for run in runs) for what in ("score", "loss"))  # type: ignore[return-value]
+    return "untuned", *(statistics.mean(run[what] for run in runs) for what in ("score", "loss"))
 
 
 def _before(bench: Bench) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,11 @@ def speed(bench_name: str, row: Row) -> dict[str, Any]:
     batch = training._unpadded(read.train.collate(list(range(bench.batch))))
     full = Row("full", bench.precision)
     sides = [_step(bench, full), _step(bench, row)]
-    train = _turns([lambda step=step: _update(step, batch) for step in sides])
+    train = _turns([partial(_update, step, batch) for step in sides])
     del sides
     gc.collect()
     readers = [_deployed(bench, full), _deployed(bench, row)]
-    infer = _turns([lambda model=model: _read(bench, model, batch) for model in readers])
+    infer = _turns([partial(_read, bench, model, batch) for model in readers])
     return {"train": train, "infer": infer}
 
 
