@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
-from edgepeft import hardware
+from edgepeft import hardware, recipe
 from edgepeft.errors import UsageError
 from edgepeft.plan import GiB, Plan, needed_bytes
 
 SHORTEST = 32  # tokens: shorter sequences are not proposed
 SMALLEST = "nf4"
 MORE = (2, 4, 8)  # devices
-STATIC = ("weights", "adapter", "gradients", "optimizer")
+HALVINGS = 4
+WIDTHS = {"rank": 0.5, "reduction": 2}  # hyper-parameters that say how much a method trains, and what halves that
+TRAINED = ("adapter", "gradients", "optimizer")
+STATIC = ("weights", *TRAINED)
 
 Again = Callable[..., Plan]
 
 
-def remedy(failed: Plan, again: Again, *, tokens: int, method: str | None, precision: str | None) -> str:
+def remedy(
+    failed: Plan, again: Again, *, tokens: int, method: str | None, precision: str | None, settings: Sequence[str] = ()
+) -> str:
     """A sentence for the error, with all kinds of changes that help, each alone.
 
     Args:
         again: plans anew with changed arguments of ``planning.plan_model``.
-        tokens, method, precision: what was asked for.
+        tokens, method, precision, settings: what was asked for.
     """
-    ways = [*_smaller(again, method, precision), *_shorter(failed, again, tokens, method)]
+    ways = [*_smaller(again, method, precision), *_narrower(failed, again, method, settings)]
+    ways += _shorter(failed, again, tokens, method)
     ways += [*_more(failed, again, method), *_larger(failed)]
     if ways:
         return f"What would: {'; '.join(ways)}."
@@ -43,6 +50,31 @@ def _smaller(again: Again, method: str | None, precision: str | None) -> Iterato
         found = _planned(again, method=None, precision=SMALLEST, settings=[], first=True)
         if found is not None:
             yield f"--method {found.chosen().method} --precision {_chosen(found)}"
+
+
+def _narrower(failed: Plan, again: Again, method: str | None, settings: Sequence[str]) -> Iterator[str]:
+    """A smaller rank or width of the method that was asked for, where what it trains is what does not fit."""
+    least = failed.least
+    rest = sum(size for kind, size in least.bytes.items() if kind not in TRAINED)
+    if method is None or needed_bytes(rest, failed.hardware) > failed.hardware.available_bytes:
+        return
+    from edgepeft.methods import base
+
+    values: dict[str, Any] = {}
+    for setting in settings:
+        recipe.assign(values, setting)
+    made = base.create(least.method, values.get("options"))
+    for name, factor in WIDTHS.items():
+        value = next((getattr(made, each.name) for each in fields(made) if each.name == name), 0)
+        for _ in range(HALVINGS):
+            value = round(value * factor)
+            if value < 1:
+                break
+            setting = f"options.{name}={value}"
+            found = _planned(again, precision=least.precision, settings=[*settings, setting])
+            if found is not None:
+                yield f"--set {setting} with {method} on {_chosen(found)}"
+                return
 
 
 def _shorter(failed: Plan, again: Again, tokens: int, method: str | None) -> Iterator[str]:

@@ -114,7 +114,11 @@ def plan(
         again = partial(planned, device)
         tokens = seq_len or planning.DEFAULT_TOKENS
         raise EdgePeftError(
-            fact, cause, alternatives.remedy(found, again, tokens=tokens, method=method, precision=precision)
+            fact,
+            cause,
+            alternatives.remedy(
+                found, again, tokens=tokens, method=method, precision=precision, settings=settings or []
+            ),
         )
 
 

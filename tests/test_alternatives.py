@@ -72,5 +72,24 @@ def test_sequences_are_not_shortened_in_vain(again: Callable[..., Plan]) -> None
     assert "--seq-len" not in said and "--method" not in said and "jetson" in said
 
 
+def test_a_narrower_adapter_is_proposed_where_it_fits(again: Callable[..., Plan]) -> None:
+    device, asked = hardware.load("a100-40gb"), {"method": "lora", "tokens": 32}
+    sizes = [
+        again(with_free(device, 1 << 20), **asked, settings=[f"options.rank={rank}"]).least.process_bytes
+        for rank in (256, 128)
+    ]
+    small = with_free(device, sum(sizes) // 2)
+    failed = again(small, **asked, settings=["options.rank=256"])
+    said = alternatives.remedy(
+        failed,
+        lambda **changes: again(small, **{**asked, **changes}),
+        tokens=32,
+        method="lora",
+        precision="bf16",
+        settings=["options.rank=256"],
+    )
+    assert "--set options.rank=128 with lora on bf16" in said
+
+
 def with_free(device: Hardware, free_bytes: int) -> Hardware:
     return replace(device, memory_bytes=device.reserved_bytes + free_bytes)
