@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,50 @@ def read_card(directory: Path) -> Card:
         UsageError: there is no adapter.
     """
     try:
-        fields = json.loads((directory / CARD).read_text(encoding="utf-8"))
-        labels = fields.pop("labels")
-        return Card(labels=None if labels is None else tuple(labels), **fields)
+        values = json.loads((directory / CARD).read_text(encoding="utf-8"))
+        labels = values.pop("labels")
+        return Card(labels=None if labels is None else tuple(labels), **values)
     except FileNotFoundError as error:
         raise UsageError(f"There is no adapter in {directory}.", f"{CARD} is missing.", "Train one first.") from error
     except (ValueError, TypeError, KeyError) as error:
         raise EdgePeftError(f"{directory / CARD} is damaged.", str(error), "Train again.") from error
+
+
+def check(directory: Path, method: Method, model: str) -> None:
+    """Refuse an adapter of another backbone, of another method, or of another version of the method.
+
+    An option that the adapter's version did not have yet must have its default.
+
+    Raises:
+        UsageError: see above.
+    """
+    card = read_card(directory)
+    wanted: dict[str, Any] = json.loads(json.dumps(asdict(method)))
+    stored = {
+        **{field.name: field.default for field in fields(method) if field.name not in card.options},
+        **card.options,
+    }
+    differing = sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != _plain(stored.get(name)))
+    if card.model != model:
+        cause = f"It was trained on {card.model}, and this is {model}."
+    elif card.method != method.name:
+        cause = f"It is one of {card.method}, and this is {method.name}."
+    elif differing:
+        name = differing[0]
+        here = f"here it is {wanted[name]!r}" if name in wanted else f"this {method.name} has no such option"
+        cause = f"It was trained with {name} = {stored[name]!r}, by edgepeft {card.edgepeft}, and {here}."
+    else:
+        return
+    raise UsageError(
+        f"The adapter in {directory} does not belong to this run.",
+        cause,
+        f"Its {CARD} says what it belongs to: put that into recipe.toml, or train again in another folder.",
+    )
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def load(directory: Path, model: nn.Module) -> None:

@@ -121,7 +121,8 @@ class _Job:
             return
         if (self.space.root / "checkpoints").exists() and not self.space.done("training", inputs):
             raise UsageError(
-                f"What the run in {self.space.root} began with has changed: data, model or an adapter it starts from.",
+                f"What the run in {self.space.root} began with has changed: "
+                "data, model, PEFT's configuration or an adapter it starts from.",
                 "Going on from its checkpoint would mix the two.",
                 "Choose another --out, or delete the folder to start over.",
             )
@@ -313,7 +314,8 @@ class _Job:
         return loaded
 
     def _after_training(self) -> str:
-        adapter.read_card(self.space.adapter)
+        method = base.create(self._needs("method"), self.recipe.options)
+        adapter.check(self.space.adapter, method, self.recipe.model)
         return fingerprint(self.space.adapter / adapter.TENSORS, self.space.training_inputs(self.recipe))
 
     def _needs(self, name: str) -> str:

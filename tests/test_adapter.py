@@ -70,6 +70,34 @@ def test_an_adapter_of_something_else(saved: Path, name: str, options: dict[str,
     assert all(torch.equal(p, before[n]) for n, p in adapter.trained(made.model).items())
 
 
+@pytest.mark.parametrize(
+    ("method", "model", "changed", "part"),
+    [
+        ("lora", "other", {}, "It was trained on m, and this is other."),
+        ("dora", "m", {}, "It is one of lora, and this is dora."),
+        ("lora", "m", {"rank": 4}, "with rank = 4, by edgepeft"),
+        ("lora", "m", {"spectral": True}, "this lora has no such option"),
+    ],
+)
+def test_an_adapter_of_another_backbone_or_version_is_refused(
+    saved: Path, method: str, model: str, changed: dict[str, Any], part: str
+) -> None:
+    wanted = tiny.method(method, rank=2)
+    card = json.loads((saved / adapter.CARD).read_text())
+    (saved / adapter.CARD).write_text(json.dumps({**card, "options": {**card["options"], **changed}}))
+    with pytest.raises(UsageError, match="does not belong to this run") as caught:
+        adapter.check(saved, wanted, model)
+    assert part in caught.value.cause and caught.value.remedy
+
+
+def test_an_adapter_from_before_an_option_is_one_with_its_default(saved: Path) -> None:
+    card = json.loads((saved / adapter.CARD).read_text())
+    (saved / adapter.CARD).write_text(json.dumps({**card, "options": {"rank": 2}}))
+    adapter.check(saved, tiny.method("lora", rank=2), "m")
+    with pytest.raises(UsageError, match="does not belong"):
+        adapter.check(saved, tiny.method("lora", rank=2, ratio=16.0), "m")
+
+
 def test_damaged_and_missing_files(saved: Path, tmp_path: Path) -> None:
     made, _ = tiny.adapted("bert", "lora", rank=2)
     content = (saved / adapter.TENSORS).read_bytes()
