@@ -37,7 +37,8 @@ def plan(machine: str, free: float, *candidates: dict[str, Any]) -> dict[str, An
     }
 
 
-LARGE = plan("large", 40, candidate("full", 30, True), candidate("lora", 10, True, microbatch=33, checkpointing=True))
+FAST = {"microbatch": 33, "checkpointing": True, "update_seconds": 0.251}
+LARGE = plan("large", 40, candidate("full", 30, True), candidate("lora", 10, True, **FAST))
 SMALL = plan(
     "small",
     8,
@@ -89,6 +90,7 @@ def test_machines_and_methods_are_rows_and_columns(tmp_path: Path) -> None:
     kind, text = small[1]
     assert kind == "fit heat2" and text.startswith("2 lora, nf4 peak 6.00 GiB of 8.00 GiB in forward+backward")
     assert "weights 4.50 GiB activations 1.50 GiB" in text and "adapter" not in text
+    assert "about" not in text and "about 0.25 s an update (estimated)" in large[1][1]
     assert large[1][0] == "fit heat6" and "33 lora, bf16, checkpointed" in large[1][1]
     assert "3 of 4 pairs" in page
 
