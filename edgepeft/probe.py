@@ -250,8 +250,12 @@ def _converting() -> Iterator[None]:
 
 
 def _touch(step: TrainingStep) -> None:
-    """Give every trained tensor a gradient, as a step would, without the model."""
-    torch.stack([parameter.float().sum() for parameter in step.trained]).sum().backward()
+    """Give every trained tensor a gradient, as a step would, without the model.
+
+    A product is part of it, forward and backward: from the first step on cuBLAS has its workspaces.
+    """
+    total = torch.stack([parameter.float().sum() for parameter in step.trained]).sum()
+    (total.view(1, 1) @ torch.ones(1, 1)).sum().backward()
 
 
 def example_batch(configuration: Configuration) -> dict[str, torch.Tensor]:

@@ -16,6 +16,9 @@ Signature = tuple[Hashable, ...]
 
 _PLAIN = frozenset({type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format})
 _NUMBERS = frozenset({int, float, bool})  # 1, 1.0 and True are equal, but make results of different types
+_PLACED = frozenset(
+    {torch.ops.aten.as_strided.default, torch.ops.aten.view.dtype}
+)  # count from where memory begins
 _VARYING = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view})
 
 
@@ -26,6 +29,10 @@ class RecallingMode(FakeTensorMode):
     which that is not true, and all that is not plain dense tensors, are left to PyTorch each time.
 
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache_enabled = False  # PyTorch's own, which this one makes superfluous
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -80,7 +87,7 @@ class _Same:
 
 @dataclass(frozen=True)
 class _New:
-    """A new tensor, in memory of its own or in that of the input at ``index``."""
+    """A new tensor, in memory of its own or in that of the input at ``index``, ``offset`` elements behind that."""
 
     index: int
     shape: tuple[int, ...]
@@ -94,7 +101,9 @@ class _New:
         with torch._C._DisableTorchDispatch():
             made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
             if self.index >= 0:
-                made.set_(tensors[self.index].untyped_storage(), self.offset, self.shape, self.stride)
+                base = tensors[self.index]
+                offset = base.storage_offset() + self.offset
+                made.set_(base.untyped_storage(), offset, self.shape, self.stride)
             fake: Any = Tensor._make_subclass(
                 FakeTensor, made, False, dispatch_device=True, device_for_backend_keys=self.device
             )
@@ -125,6 +134,8 @@ def describe(func: Any, args: Any, kwargs: Any) -> tuple[Signature | None, list[
     The first is None where values matter, or may.
     """
     tensors: list[Any] = []
+    if func in _PLACED:
+        return None, tensors
     found: list[Any] = [func, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()]
     whole = _describe(args, found, tensors)
     if kwargs and whole:
@@ -141,7 +152,7 @@ def _describe(values: Iterable[Any], found: list[Any], tensors: list[Any]) -> bo
                 return False
             tensors.append(value)
             stride = value.stride()
-            found += (value.shape, stride, value.storage_offset(), value.dtype, value._fake_device, value.requires_grad)
+            found += (value.shape, stride, value.dtype, value._fake_device, value.requires_grad)
             if 0 in stride:  # expanded: what it takes cannot be told from its shape
                 found.append(value.untyped_storage().nbytes())
         elif kind in _NUMBERS:
@@ -170,7 +181,8 @@ def _part(value: Any, tensors: list[Any]) -> _Same | _New | None:
     memory = _memory(value)
     index = next((i for i, tensor in enumerate(tensors) if _memory(tensor) == memory), -1)
     attributes = {name: held for name, held in value.__dict__.items() if name != "fake_mode"}
-    shape, stride, offset = tuple(value.shape), value.stride(), int(value.storage_offset())
+    offset = int(value.storage_offset()) - (int(tensors[index].storage_offset()) if index >= 0 else 0)
+    shape, stride = tuple(value.shape), value.stride()
     return _New(index, shape, stride, offset, value.dtype, value._fake_device, attributes)
 
 

@@ -115,6 +115,30 @@ def key(configuration: Configuration) -> str:
     )
 
 
+def usual(
+    name: str, method: str, precision: str, *, checkpointing: bool = False, cuda: bool = True, bf16: bool = True
+) -> Configuration:
+    """A configuration of a catalogue model as it is traced for shipping."""
+    known = entry(name)
+    assert known is not None
+    model = fields(name)
+    return Configuration(
+        model=model,
+        task=known["_edgepeft"]["task"],
+        method=method,
+        options={},
+        precision=precision,
+        checkpointing=checkpointing,
+        microbatch=1,
+        tokens=usual_tokens(model),
+        target_tokens=TARGET_TOKENS,
+        labels=LABELS,
+        accumulates=True,
+        cuda=cuda,
+        bf16=bf16,
+    )
+
+
 def fields(name: str) -> dict[str, Any]:
     """A catalogue model's configuration as plain data."""
     known = entry(name)

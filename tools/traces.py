@@ -13,9 +13,9 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 from edgepeft import catalog, traces
-from edgepeft.catalog.fields import depth
 from edgepeft.errors import EdgePeftError
 from edgepeft.files import write_json
 from edgepeft.methods import base
@@ -23,9 +23,10 @@ from edgepeft.plan import PACKED, PREFERRED
 from edgepeft.surface import Configuration, Surface
 
 FOLDER = Path(__file__).resolve().parent.parent / "edgepeft" / "catalog" / "traces"
-DEVICES = {"cuda-bf16": (True, True), "cuda-fp32": (True, False), "cpu-fp32": (False, False)}  # cuda, native bf16
+# Whether it is a GPU, and whether it multiplies bf16.
+DEVICES = {"cuda-bf16": (True, True), "cuda-fp32": (True, False), "cpu-bf16": (False, True), "cpu-fp32": (False, False)}
 TOLERANCE = 0.001
-BATCH = 24  # configurations between two writes
+BATCH = 50  # configurations between two writes
 
 
 def main() -> int:
@@ -38,62 +39,61 @@ def main() -> int:
         return check(chosen.check)
     FOLDER.mkdir(exist_ok=True)
     write_json(FOLDER / traces.METHODS, {name: vars(traces.traits_of(base.find(name))) for name in base.names()})
-    for name in sorted(chosen.models, key=lambda model: depth(traces.fields(model))):
-        path = FOLDER / f"{name}.json.gz"
-        stored = json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
-        wanted = [each for each in configurations(name, chosen.devices) if traces.key(each) not in stored]
-        for first in range(0, len(wanted), BATCH):
-            part = wanted[first : first + BATCH]
-            for configuration, found in zip(part, traces.find(part), strict=True):
-                if isinstance(found, Surface):
-                    stored[traces.key(configuration)] = found.plain()
-                else:
-                    print(f"{name}: {found}", file=sys.stderr)
-            text = json.dumps(dict(sorted(stored.items())), separators=(",", ":"))
-            path.write_bytes(gzip.compress(text.encode(), mtime=0))
-        print(f"{name}: {len(stored)} surfaces, {path.stat().st_size if path.exists() else 0:,} bytes", flush=True)
+    stored = {name: _read(name) for name in chosen.models}
+    wanted = [
+        (name, configuration)
+        for device in chosen.devices
+        for name in chosen.models
+        for configuration in configurations(name, device)
+        if traces.key(configuration) not in stored[name]
+    ]
+    for first in range(0, len(wanted), BATCH):
+        part = wanted[first : first + BATCH]
+        found = traces.find([configuration for _, configuration in part])
+        for (name, configuration), surface in zip(part, found, strict=True):
+            if isinstance(surface, Surface):
+                stored[name][traces.key(configuration)] = surface.plain()
+            else:
+                print(f"{name}: {surface}", file=sys.stderr)
+        for name in dict.fromkeys(name for name, _ in part):
+            print(f"{name}: {len(stored[name])} surfaces, {_write(name, stored[name]):,} bytes", flush=True)
     return 0
 
 
-def configurations(name: str, devices: list[str]) -> list[Configuration]:
+def configurations(name: str, device: str) -> list[Configuration]:
     """What is traced of one model: the methods that plans show when none is named."""
-    known = catalog.entry(name)
-    assert known is not None
-    model = traces.fields(name)
-    found = []
-    for device in devices:
-        cuda, bf16 = DEVICES[device]
-        for method in PREFERRED:
-            of_method = traces.traits_of(base.find(method))
-            for at in ("bf16" if bf16 else "fp32", *PACKED):
-                if of_method.writes_backbone and at in PACKED:
-                    continue
-                for again in (False, True) if of_method.backpropagates else (False,):
-                    found.append(
-                        Configuration(
-                            model=model,
-                            task=known["_edgepeft"]["task"],
-                            method=method,
-                            options={},
-                            precision=at,
-                            checkpointing=again,
-                            microbatch=1,
-                            tokens=traces.usual_tokens(model),
-                            target_tokens=traces.TARGET_TOKENS,
-                            labels=traces.LABELS,
-                            accumulates=True,
-                            cuda=cuda,
-                            bf16=bf16,
-                        )
-                    )
-    return found
+    cuda, bf16 = DEVICES[device]
+    return [
+        traces.usual(name, method, at, checkpointing=again, cuda=cuda, bf16=bf16)
+        for method in PREFERRED
+        for at in ("bf16" if bf16 else "fp32", *PACKED)
+        if not (traces.traits(method).writes_backbone and at in PACKED)
+        for again in ((False, True) if traces.traits(method).backpropagates else (False,))
+    ]
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = FOLDER / f"{name}.json.gz"
+    return json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
+
+
+def _write(name: str, surfaces: dict[str, Any]) -> int:
+    """Returns how many bytes the file has."""
+    text = json.dumps(dict(sorted(surfaces.items())), separators=(",", ":"))
+    return (FOLDER / f"{name}.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def check(count: int) -> int:
     """Trace some shipped configurations afresh; 1 if one differs."""
     from edgepeft import extrapolate
 
-    shipped = [each for name in catalog.names() for each in configurations(name, list(DEVICES)) if traces.shipped(each)]
+    shipped = [
+        each
+        for name in catalog.names()
+        for device in DEVICES
+        for each in configurations(name, device)
+        if traces.shipped(each)
+    ]
     failed = 0
     for configuration in random.Random().sample(shipped, min(count, len(shipped))):
         before = traces.shipped(configuration)
