@@ -59,6 +59,15 @@ def test_each_layer_draws_for_itself() -> None:
     assert len(parts) == 4 and len(drawn) > 30
 
 
+def test_experts_begin_as_copies_so_that_their_average_is_what_was_trained() -> None:
+    made, _ = tiny.adapted("bert", "adamix")
+    each = next(module for module in made.model.modules() if isinstance(module, Bottleneck))
+    x = torch.randn(3, 32)
+    passes = [each.train()(x) for _ in range(8)]
+    for found in passes:
+        torch.testing.assert_close(found, each.eval()(x))
+
+
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_one_adapter_of_averages_is_what_is_evaluated_and_exported(family: str, tmp_path: Path) -> None:
     made, method = mixture(family)

@@ -26,7 +26,8 @@ class Experts(projection.Made):
 
     def __init__(self, experts: int, wide_in: int, wide_out: int, device: torch.device) -> None:
         super().__init__()
-        self.weight = nn.Parameter(projection.near_zero(experts, wide_out, wide_in, device=device))
+        start = projection.near_zero(wide_out, wide_in, device=device)
+        self.weight = nn.Parameter(start.repeat(experts, 1, 1))  # only weights from one start are worth averaging
         self.bias = nn.Parameter(torch.zeros(experts, wide_out, device=device))
 
     def made(self) -> tuple[Tensor, Tensor]:
@@ -42,7 +43,8 @@ class AdaMix(Method):
 
     Each microbatch is read twice, with other experts the second time; the predictions are drawn together by half the
     sum of their two Kullback-Leibler divergences. What is evaluated and exported is one adapter, the experts' average.
-    The authors' script has all experts share one up-projection; here each has its own, as the survey describes it.
+    The authors' script has all experts share one up-projection; here each has its own, as the survey describes it, and
+    all begin as copies of one.
     """
 
     paper = Paper("AdaMix: Mixture-of-Adaptations for Parameter-efficient Model Tuning", 2022, "2205.12410")
