@@ -379,7 +379,9 @@ def _why(candidates: Sequence[Candidate], hardware: Hardware, objective: str) ->
     if objective == "memory":
         return f"{best.method} on {best.precision} needs least for each example of its microbatch."
     if objective == "speed":
-        return f"{best.method} on {best.precision} has the shortest update, as estimated."
+        if best.update_seconds is None:
+            return f"No time is known of these; {best.method} on {best.precision} is the safest that fits."
+        return f"{best.method} on {best.precision} has the shortest update, estimated at {best.update_seconds:.2g} s."
     parts = [f"{best.method} is the safest method that fits with a microbatch of {best.microbatch}"]
     if best.precision in PACKED:
         parts.append(f"{best.precision} because the weights do not fit well at {default_precisions(hardware)[0]}")

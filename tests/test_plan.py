@@ -283,3 +283,11 @@ def test_several_devices_share_a_global_batch_in_two_ways() -> None:
     assert ddp.update_seconds < alone.update_seconds  # a quarter of the microbatches, and the same update
     assert "`edgepeft run` trains on one" in four.times and "`edgepeft run`" not in one.times
     assert four.updates == 10 and four.as_json()["devices"] == 4
+
+
+def test_the_objective_of_speed_takes_the_shortest_update() -> None:
+    found = small_plan(methods=["lora", "ln_tuning"], objective="speed")
+    times = {each.method: each.update_seconds for each in found.candidates}
+    assert found.chosen().method == "ln_tuning" == min(times, key=lambda method: times[method] or 0.0)
+    assert small_plan(methods=["lora", "ln_tuning"]).chosen().method == "lora"
+    assert "estimated" in found.why
