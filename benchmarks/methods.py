@@ -62,7 +62,7 @@ def runs(bench: Bench, rows: list[Row]) -> Iterator[Run]:
     if not bench.model.is_dir():
         raise UsageError(f"There is no {bench.model}.", "", "Run: python tools/models.py")
     bench.data()
-    for seed in (0, 1):
+    for seed in (0, 1) if bench.task == "classification" else (0,):  # only a new head depends on it
         yield from _missing(bench.folder / f"untuned-{seed}.json", tuned.untuned, bench.name, seed)
     for number in range(len(sweep.FACTORS) + 2):
         for row in rows:

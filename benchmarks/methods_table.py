@@ -46,7 +46,9 @@ class Line:
 
 def write() -> None:
     """Write ``results/methods.md`` and its plots."""
-    parts = [_text(bench) for bench in BENCHES.values() if (bench.folder / "untuned-0.json").exists()]
+    begun = [bench for bench in BENCHES.values() if (bench.folder / "untuned-0.json").exists()]
+    parts = [_text(bench) for bench in begun]
+    parts += [f"## {bench.title}\n\nNo run is finished yet.\n\n" for bench in BENCHES.values() if bench not in begun]
     on = table.machine()
     versions = ", ".join(f"{name} {on['versions'][name]}" for name in ("edgepeft", "torch", "transformers"))
     write_text(
