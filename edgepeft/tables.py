@@ -133,6 +133,56 @@ def plan(found: Plan) -> None:
     """What fits, with the bytes of each kind at its peak."""
     free = found.hardware.available_bytes / GiB
     title = f"{found.model} on {found.machine}: {free:.1f} GiB free for a job{' on each' * (found.devices > 1)}"
+    if _screen.is_terminal and _screen.width < WIDE:
+        _screen.print(narrow(found, title))
+    else:
+        Console(width=max(_screen.width, WIDE)).print(_wide(found, title))
+    _screen.print(
+        "GiB at the peak: of the process, of its tensors, and of these by kind. The microbatch is the largest that "
+        "fits (1 where none does); TIGHT uses the margin.",
+        style="dim",
+    )
+    _screen.print(found.times, style="dim", highlight=False)
+    for method in dict.fromkeys(each.method for each in found.candidates):
+        for line in evidence.of(method):
+            _screen.print(f"{method}: {line}", style="dim", highlight=False)
+    for name, source in evidence.sources().items():
+        _screen.print(f"{name}: {source}. No promise for your data.", style="dim", highlight=False)
+    for method, reason in found.excluded.items():
+        _screen.print(f"{method} was left out: {reason}", style="dim", highlight=False)
+    if found.choice is not None:
+        _screen.print(f"Choice: {found.why}", highlight=False)
+        if (job := _job(found)) is not None:
+            _screen.print(job, highlight=False)
+
+
+def narrow(found: Plan, title: str) -> Table:
+    """The candidates for a terminal that is too narrow for a column of each kind: they share one."""
+    table = Table("", "method", "precision", title=title, title_justify="left", box=None, header_style="bold")
+    for column in ("micro-\nbatch", "process", "est.\ns/update"):
+        table.add_column(column, justify="right")
+    table.add_column("tensors by kind")
+    for number, each in enumerate(found.candidates):
+        again = "+" * each.checkpointing + f" {each.strategy}" * bool(each.strategy)
+        kinds = [
+            f"{kind} {each.bytes.get(kind, 0) / GiB:.2f}" for kind in _KINDS if each.bytes.get(kind, 0) >= GiB / 200
+        ]
+        table.add_row(
+            "→" if number == found.choice else each.verdict,
+            each.method,
+            f"{each.precision}{again}",
+            str(each.microbatch),
+            f"{each.process_bytes / GiB:.2f}",
+            _times(found, each)[0],
+            f"{', '.join(kinds)} in {each.phase}",
+            style="bold" if number == found.choice else None if each.fits else "dim",
+        )
+    table.caption = "+: activations are computed again."
+    table.caption_justify = "left"
+    return table
+
+
+def _wide(found: Plan, title: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
     for column in ("", "method", "precision", "checkpointed", *(["shared by"] * (found.devices > 1))):
         table.add_column(column)
@@ -167,24 +217,7 @@ def plan(found: Plan) -> None:
             *_times(found, each)[: len(timed)],
             style="bold" if number == found.choice else None if each.fits else "dim",
         )
-    Console(width=max(_screen.width, WIDE)).print(table)
-    _screen.print(
-        "GiB at the peak: of the process, of its tensors, and of these by kind. The microbatch is the largest that "
-        "fits (1 where none does); TIGHT uses the margin.",
-        style="dim",
-    )
-    _screen.print(found.times, style="dim", highlight=False)
-    for method in dict.fromkeys(each.method for each in found.candidates):
-        for line in evidence.of(method):
-            _screen.print(f"{method}: {line}", style="dim", highlight=False)
-    for name, source in evidence.sources().items():
-        _screen.print(f"{name}: {source}. No promise for your data.", style="dim", highlight=False)
-    for method, reason in found.excluded.items():
-        _screen.print(f"{method} was left out: {reason}", style="dim", highlight=False)
-    if found.choice is not None:
-        _screen.print(f"Choice: {found.why}", highlight=False)
-        if (job := _job(found)) is not None:
-            _screen.print(job, highlight=False)
+    return table
 
 
 def machines(plans: Sequence[Mapping[str, Any]]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from edgepeft import hardware, tables
@@ -129,3 +131,22 @@ def test_a_map_says_what_fits_and_what_does_not(capsys: pytest.CaptureFixture[st
     assert head.split() == ["machine", "free", "lora", "full", "ia3"]
     assert first.split() == ["t4-16gb", "14.4", "GiB", "3", "nf4", "NO", "–"]
     assert second.split() == ["a100-80gb", "78.6", "GiB", "40", "nf4+", "2", "nf4", "1", "nf4"]
+
+
+def test_a_narrow_terminal_shows_the_bytes_by_kind_too() -> None:
+    held = {"weights": 3 * 2**30, "activations": 5 * 2**29, "adapter": 0}
+    found = Plan(
+        hardware=hardware.load("t4-16gb"),
+        model="m",
+        task="causal-lm",
+        candidates=(replace(candidate("lora", 12), bytes=held, process_bytes=6 * 2**30, update_seconds=0.25),),
+        choice=0,
+        why="",
+    )
+    page = StringIO()
+    Console(file=page, width=80).print(tables.narrow(found, "title"))
+    shown = page.getvalue()
+    assert max(map(len, shown.splitlines())) <= 80
+    for part in ("→", "lora", "nf4+", "12", "6.00", "0.25", "weights 3.00", "activations", "2.50", "in update"):
+        assert part in shown
+    assert "adapter" not in shown
