@@ -7,9 +7,7 @@ works on plain layers works on them, without the layers of bitsandbytes that PEF
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 
 from edgepeft import peft_config
 from edgepeft.anatomy import Anatomy
-from edgepeft.errors import UsageError, nearest
+from edgepeft.errors import UsageError
 from edgepeft.methods.base import Method, NotMergeable, Paper
 from edgepeft.placements import presumed, selection
 from edgepeft.precision import StoredLinear
@@ -31,41 +29,11 @@ if TYPE_CHECKING:
 
 _WRAPPER, _SHARED = "foreign_wrapper", "foreign_shared"  # attributes of a model
 _ENCODER = "prompt_encoder"
-_REMEDY = "Give an adapter_config.json as PEFT's save_pretrained writes it."
 ADAPTER = "default"  # what PEFT calls a model's adapter when there is one
 WEIGHTS = "adapter_model.safetensors"
-TASKS = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
 _HEADS = {"classifier", "score"}  # PEFT writes both into a classifier's configuration, whichever it has
 _PASSED_AS_CACHE = ("PREFIX_TUNING", "CARTRIDGE")  # transformers drops a cache where activations are computed again
 _OF_TASKS = ("POLY", "MULTITASK_PROMPT_TUNING")
-
-# What cannot be trained here: why, and what to do instead.
-_TYPES = {
-    "ADALORA": (
-        "What its schedule of ranks has seen is in no tensor of PEFT's: no run could go on from a checkpoint.",
-        "Use --method adalora; `edgepeft adapter` writes it for PEFT.",
-    ),
-    "SHADOW": ("It sends a second state through the layers, which the plan cannot follow.", "Use --method lst."),
-    "XLORA": ("It mixes adapters that other runs trained.", "Train one of those."),
-}
-_NEEDS_DATA = "It is computed from data, before training, by a script of its own."
-_OWN_LOSS = "It adds a term to the loss where PEFT computes that, and edgepeft has a loss of its own."
-_FIELDS = {
-    "eva_config": _NEEDS_DATA,
-    "corda_config": _NEEDS_DATA,
-    "lora_ga_config": _NEEDS_DATA,
-    "monteclora_config": _OWN_LOSS,
-    "kasa_config": _OWN_LOSS,
-    "loftq_config": "It packs the backbone anew; --method lora --set options.loftq=1 does that here.",
-    "alora_invocation_tokens": "It looks for tokens in the input, which only PEFT's own model shows to its layers.",
-    "arrow_config": "It mixes adapters that other runs trained.",
-    "layer_replication": "It changes the backbone's depth, which the plan is made for.",
-    "megatron_config": "It imports a module that the file names.",
-    "runtime_config": "It is not part of a configuration file.",
-    "use_asa": "What its schedule has seen is in no tensor: no run could go on from a checkpoint.",
-    "sample_at_inference": "Its model computes something else each time, which nothing can be measured against.",
-    "prompt_tuning_init_state_dict_path": "It reads a file that may hold code.",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +81,7 @@ class Foreign(Method):
         Raises:
             UsageError: PEFT is not installed, or the configuration is none, or one that cannot be trained here.
         """
-        return _parse(self.configuration, self.source)
+        return peft_config.parse(self.configuration, self.source)
 
     def positions(self, configuration: PretrainedConfig) -> int:
         config = self.parsed()
@@ -153,7 +121,7 @@ class Foreign(Method):
             with presumed.values(model, self.parsed()):
                 vars(model)[_WRAPPER].base_model.merge_and_unload()
         except Exception as error:
-            why = f"PEFT cannot merge {self.type} into this model: {_first_line(error)}."
+            why = f"PEFT cannot merge {self.type} into this model: {peft_config.first_line(error)}."
             raise NotMergeable(f"{self.source} cannot be merged.", why, "") from error
         for name in vars(model).pop(_SHARED):
             delattr(model, name)
@@ -161,10 +129,10 @@ class Foreign(Method):
         vars(model).pop("forward", None)
 
     def condense(self, model: nn.Module) -> None:
-        if self.parsed().is_prompt_learning and _head(model) is not None:
+        if self.parsed().is_prompt_learning or self.type in _OF_TASKS:
             raise UsageError(
                 f"{self.source} cannot be exported to ONNX.",
-                f"PEFT puts the tokens of {self.type} before every call, that of the next token too.",
+                f"What PEFT does for {self.type} depends on the sizes and values of its input while it runs.",
                 "The adapter works in PEFT; --method prompt_tuning and prefix_tuning are made to be exported.",
             )
 
@@ -279,73 +247,16 @@ def _route(model: Any, through: Callable[..., Any], config: Any) -> None:
     vars(model)["forward"] = forward
 
 
-def _parse(text: str, source: str) -> Any:
-    try:
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    except ImportError as error:
-        raise UsageError(
-            f"{source} needs HF PEFT.", "It is not installed.", "Install it: pip install 'edgepeft[peft]'"
-        ) from error
-    import peft
-
-    try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"{source} is not JSON.", str(error), _REMEDY) from error
-    kind = fields.pop("peft_type", None) if isinstance(fields, dict) else None
-    known = {each.value: made for each, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if not isinstance(kind, str) or kind not in known:
-        cause = "It has no peft_type." if kind is None else f"PEFT {peft.__version__} knows no peft_type {kind!r}."
-        raise UsageError(f"{source} is no configuration of PEFT.", cause, nearest(str(kind), known))
-    if kind in _TYPES:
-        raise UsageError(f"{source} cannot be trained here, as it is of type {kind}.", *_TYPES[kind])
-    accepted = {field.name for field in dataclasses.fields(known[kind]) if field.init}
-    if unknown := sorted(fields.keys() - accepted):
-        raise UsageError(
-            f"{source}: PEFT {peft.__version__} has no {unknown[0]!r} for {kind}.",
-            "It would be ignored, and another method trained than the file describes.",
-            f"Take it out of the file, or upgrade PEFT. {nearest(unknown[0], accepted)}",
-        )
-    for name in _FIELDS:
-        if fields.get(name):
-            raise UsageError(f"{source}: {name} cannot be used here.", _FIELDS[name], "Take it out of the file.")
-    _check_values(fields, source)
-    plain = {name: value for name, value in fields.items() if name not in ("inference_mode", "auto_mapping")}
-    if kind == "CPT":
-        plain["task_type"] = plain.get("task_type") or TASKS["causal-lm"]
-    try:
-        return known[kind](**plain)
-    except Exception as error:
-        raise UsageError(f"{source} is refused by PEFT.", f"{_first_line(error)}.", _REMEDY) from error
-
-
-def _check_values(fields: Mapping[str, Any], source: str) -> None:
-    """Refuse values that would load code, or that no second run could make again."""
-    start = fields.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(("eva", "corda", "lora_ga", "loftq")):
-        raise UsageError(f"{source}: init_lora_weights = {start!r} cannot be used here.", _NEEDS_DATA, _REMEDY)
-    if isinstance(start, str) and start.startswith("pissa_niter"):
-        raise UsageError(
-            f"{source}: init_lora_weights = {start!r} cannot be used here.",
-            "It is random, and changes the backbone: an adapter could not be put back.",
-            'Use "pissa", which is exact.',
-        )
-    if (fields.get("tokenizer_kwargs") or {}).get("trust_remote_code"):
-        raise UsageError(
-            f"{source}: tokenizer_kwargs asks for trust_remote_code.", "Code of a repository is not run.", _REMEDY
-        )
-
-
 def _settle_task(source: str, config: Any, anatomy: Anatomy) -> None:
     task = "classification" if not anatomy.unembedding else "seq2seq" if len(anatomy.stacks) == 2 else "causal-lm"
     said = getattr(config.task_type, "value", config.task_type)
-    if said not in (None, TASKS[task]):
+    if said not in (None, peft_config.TASKS[task]):
         raise UsageError(
-            f"{source} is for {said}, and this run is a {task} one ({TASKS[task]}).",
+            f"{source} is for {said}, and this run is a {task} one ({peft_config.TASKS[task]}).",
             "A configuration may name the task it is for, as task_type.",
             "Change it there, or choose the task with --task.",
         )
-    config.task_type = TASKS[task]
+    config.task_type = peft_config.TASKS[task]
 
 
 def _refusal(method: Foreign, model: nn.Module, error: Exception) -> UsageError:
@@ -353,18 +264,13 @@ def _refusal(method: Foreign, model: nn.Module, error: Exception) -> UsageError:
     found = "target" in str(error).lower()
     return UsageError(
         f"PEFT cannot put {method.type} of {method.source} into this model.",
-        f"{_first_line(error)}.",
+        f"{peft_config.first_line(error)}.",
         f"Its linear layers are called {', '.join(ends)}." if found else "",
     )
 
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, StoredLinear))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _named(source: str, model: nn.Module, ends: Iterable[str]) -> list[str]:

@@ -28,8 +28,8 @@ Made by `python tools/peft_page.py` with peft {peft.__version__}. Every type of 
 families with random weights: planned, trained for three updates, saved, put back into a fresh model, read by PEFT
 itself (fp32), and merged. Outputs agree to 1e-5 of the largest where the same is computed twice, to 1e-4 after merging.
 
-*merges* went through all of it; *stays* did too, and is not merged but exported beside its backbone, except prompts
-before tokens are predicted, which are not exported; *no* is refused before training, for the reason below the table.
+*merges* went through all of it; *stays* did too, and is not merged but exported beside its backbone, except prompts,
+prefixes and POLY, which are not exported; *no* is refused before training, for the reason below the table.
 """
 
 
