@@ -32,7 +32,8 @@ _ENCODER = "prompt_encoder"
 ADAPTER = "default"  # what PEFT calls a model's adapter when there is one
 WEIGHTS = "adapter_model.safetensors"
 _HEADS = {"classifier", "score"}  # PEFT writes both into a classifier's configuration, whichever it has
-_PASSED_AS_CACHE = ("PREFIX_TUNING", "CARTRIDGE")  # transformers drops a cache where activations are computed again
+# What these bring to the layers is gone when activations are computed again: a cache, or the task's number.
+_NOT_RECOMPUTED = ("PREFIX_TUNING", "CARTRIDGE", "POLY")
 _OF_TASKS = ("POLY", "MULTITASK_PROMPT_TUNING")
 
 
@@ -73,7 +74,7 @@ class Foreign(Method):
 
     @property
     def backpropagates(self) -> bool:  # type: ignore[override]
-        return self.type not in _PASSED_AS_CACHE
+        return self.type not in _NOT_RECOMPUTED
 
     def parsed(self) -> Any:
         """A new ``PeftConfig``, to be trained.

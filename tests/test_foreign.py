@@ -22,6 +22,7 @@ from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.evaluate import sample_logits
 from edgepeft.merge import relative_difference
 from edgepeft.methods import base
+from edgepeft.surface import Surface
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -182,11 +183,17 @@ def test_the_plan_depends_on_what_the_file_says(tmp_path: Path) -> None:
     assert peaks[0] < peaks[1]
 
 
-def test_checkpointing_is_not_planned_where_transformers_would_drop_the_prefix(tmp_path: Path) -> None:
-    name = peft_types.write(tmp_path, peft_types.fields("PREFIX_TUNING", "llama"))
-    assert not traces.traits(name).backpropagates
-    with pytest.raises(UsageError, match="exported"):
-        base.create(name).condense(tiny.model("llama"))
+def test_checkpointing_is_not_planned_where_its_layers_would_miss_something(tmp_path: Path) -> None:
+    for kind, recomputes in (("PREFIX_TUNING", False), ("POLY", False), ("VBLORA", True)):
+        name = peft_types.write(tmp_path / kind, peft_types.fields(kind, "llama"))
+        assert traces.traits(name).backpropagates == recomputes
+    assert isinstance(peft_types.planned(name, "llama", checkpointing=True, cuda=True, bf16=True), Surface)
+
+
+def test_a_prompt_is_not_exported(tmp_path: Path) -> None:
+    name = peft_types.write(tmp_path, peft_types.fields("PROMPT_TUNING", "bert"))
+    with pytest.raises(UsageError, match="prompt_tuning"):
+        base.create(name).condense(tiny.model("bert"))
 
 
 def test_a_killed_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
