@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # each command loads what it shows; help and profiles must no
     from edgepeft.plan import Candidate, Plan
 
 GiB = 2**30
-WIDE = 184  # columns of a plan; narrower, its numbers would be cut
+WIDE = 208  # columns of a plan; narrower, its numbers would be cut
 _screen = Console()
 _aside = Console(stderr=True)
 
