@@ -16,9 +16,7 @@ Signature = tuple[Hashable, ...]
 
 _PLAIN = frozenset({type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format})
 _NUMBERS = frozenset({int, float, bool})  # 1, 1.0 and True are equal, but make results of different types
-_PLACED = frozenset(
-    {torch.ops.aten.as_strided.default, torch.ops.aten.view.dtype}
-)  # count from where memory begins
+_PLACED = frozenset({torch.ops.aten.as_strided.default, torch.ops.aten.view.dtype})  # count from where memory begins
 _VARYING = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view})
 
 
@@ -66,11 +64,11 @@ class RecallingMode(FakeTensorMode):
         """How to make such a result again; None where it takes more than shapes."""
         if not _VARYING.isdisjoint(func.tags):
             return None
-        several = type(result) in (list, tuple)
-        parts = [_part(each, tensors) for each in (result if several else (result,))]
+        container = next((kind for kind in (list, tuple) if isinstance(result, kind)), None)
+        parts = [_part(each, tensors) for each in (result if container else (result,))]
         if None in parts:
             return None
-        answer = _Answer(tuple(part for part in parts if part is not None), type(result) if several else None)
+        answer = _Answer(tuple(part for part in parts if part is not None), container)
         return answer if _alike(result, answer.make(self, tensors)) else None
 
 
@@ -171,13 +169,13 @@ def _describe(values: Iterable[Any], found: list[Any], tensors: list[Any]) -> bo
 def _part(value: Any, tensors: list[Any]) -> _Same | _New | None:
     if value is None or type(value) in (int, bool):
         return _Same(-1, value)
+    for index, tensor in enumerate(tensors):
+        if tensor is value:
+            return _Same(index)
     if type(value) is not FakeTensor or value.constant is not None or value.requires_grad:
         return None
     if value.layout is not torch.strided or value.dtype.is_complex:
         return None
-    for index, tensor in enumerate(tensors):
-        if tensor is value:
-            return _Same(index)
     memory = _memory(value)
     index = next((i for i, tensor in enumerate(tensors) if _memory(tensor) == memory), -1)
     attributes = {name: held for name, held in value.__dict__.items() if name != "fake_mode"}
@@ -192,8 +190,7 @@ def _memory(tensor: Tensor) -> int:
 
 def _alike(one: Any, other: Any) -> bool:
     """Whether two results of an operator cannot be told apart."""
-    several = type(one) in (list, tuple)
-    return all(map(_same, one, other)) if several else _same(one, other)
+    return all(map(_same, one, other)) if isinstance(one, (list, tuple)) else _same(one, other)
 
 
 def _same(one: Any, other: Any) -> bool:
