@@ -6,11 +6,11 @@ import json
 import math
 import random
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from page import Page
 
 from edgepeft import __version__, report
 from edgepeft.errors import EdgePeftError, UsageError
@@ -20,46 +20,6 @@ from edgepeft.report.rundir import read
 
 MIB = 2**20
 RECIPE = 'model = "models/minilm-l6"\nmethod = "lora"\nprecision = "bf16"\nhardware = "rtx-3060-12gb"\nlr = 5e-4\n'
-VOID = {"meta", "link", "br", "img", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """Collects text, attributes and nesting; fails on a tag that is closed out of order."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.rows: list[list[str]] = []
-        self.text = ""
-        self.styles = ""
-        self.feed(source)
-        self.close()
-        assert self.open == [], f"never closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "tr":
-            self.rows.append([])
-        if tag == "td":
-            self.rows[-1].append("")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            self.styles += data
-            return
-        self.text += data
-        if "td" in self.open:
-            self.rows[-1][-1] += data
-
-    def attributes(self, tag: str, **wanted: str) -> list[dict[str, str | None]]:
-        return [a for t, a in self.tags if t == tag and wanted.items() <= a.items()]
 
 
 def candidate(method: str, precision: str, fits: bool, **kinds: int) -> dict[str, Any]:
