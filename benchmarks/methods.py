@@ -26,6 +26,7 @@ from edgepeft.files import write_json  # noqa: E402
 from edgepeft.methods import base  # noqa: E402
 from tuning import BENCHES, HEAD_ONLY, OTHERS, STATE, Bench, Row  # noqa: E402
 
+PROMPTED = ("spot", "ipt")  # start from the prompts of other tasks, which are trained before their first run
 Run = tuple[Path, Callable[..., dict[str, Any]], tuple[Any, ...]]
 
 
@@ -67,7 +68,7 @@ def runs(bench: Bench, rows: list[Row]) -> Iterator[Run]:
     for number in range(len(sweep.FACTORS) + 2):
         for row in rows:
             wanted = sweep.wanted(sweep.found(bench, row))
-            if row.method in ("spot", "ipt"):
+            if row.method in PROMPTED:
                 for other in OTHERS:
                     bench.data(other)
                     yield from _missing(bench.folder / f"prompt-{other}.json", tuned.prompt, bench.name, other)
@@ -80,7 +81,8 @@ def runs(bench: Bench, rows: list[Row]) -> Iterator[Run]:
 def speeds(bench: Bench, rows: list[Row]) -> Iterator[Run]:
     """The timings that are not there yet."""
     for row in rows:
-        if row.method not in ("full", HEAD_ONLY):
+        ready = row.method not in PROMPTED or all((bench.folder / "prompts" / other).is_dir() for other in OTHERS)
+        if row.method not in ("full", HEAD_ONLY) and ready:
             yield from _missing(bench.folder / row.name / "speed.json", tuned.speed, bench.name, row)
 
 

@@ -59,7 +59,8 @@ The survey's Table 5 (arXiv 2303.15647v2) again, on models that a CPU can tune: 
 throughput of every method beside full tuning. `benchmarks/README.md` says what is counted how and how to go on.
 
 - {on["date"]}: {on["processor"]}, cores: {on["cores"]}, one thread a run; Python {on["python"]}, {versions}
-- the machine was shared with other work throughout, so throughput is in processor seconds, in turn with full tuning
+- the machine was shared with other work throughout (its load between 5 and 23), so throughput is in processor seconds,
+  in turn with full tuning; full tuning of bf16 weights rounds every update at random, which is much of its time
 
 {"".join(parts)}""",
     )

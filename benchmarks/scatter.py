@@ -68,6 +68,8 @@ def scatter(points: Sequence[Point], *, x: str, y: str, log: bool, level: tuple[
         label = _free(point.name, cx, cy, taken)
         taken.append(label)
         drawn.append(_text(point.name, label[0], label[3] - 2, colour=COLOURS[point.kind], size=10))
+    for number, (kind, colour) in enumerate(COLOURS.items()):
+        drawn.append(_text(f"● {kind}", WIDTH - RIGHT - 420 + 110 * number, TOP - 12, colour=colour))
     drawn.append(_text(x, (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, anchor="middle"))
     drawn.append(_text(y, LEFT, TOP - 12))
     return _page(drawn, HEIGHT)
