@@ -41,8 +41,8 @@ EXCLUDED = (
 REASONS = {
     "osf": "over, not explained",
     "boft": "over, not explained; on CUDA peft may run its own kernel (fbd) where this trace runs its Python",
-    "prefixtuning": "under; evaluation is not traced: generation for a batch of 50, whose cache is concatenated anew at "
-    "every token",
+    "prefixtuning": "under; evaluation is not traced: generation for a batch of 50, whose cache is concatenated anew "
+    "at every token",
     "frod": "over; its sparse factor is stood in for by a dense one (`answers.py`)",
 }
 
