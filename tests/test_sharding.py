@@ -27,7 +27,7 @@ MODEL = {**LLAMA, "hidden_size": 200, "head_dim": 50, "intermediate_size": 500, 
 
 @pytest.fixture
 def mesh() -> Iterator[dist.device_mesh.DeviceMesh]:
-    dist.init_process_group("fake", rank=0, world_size=DEVICES, store=FakeStore())  # type: ignore[no-untyped-call]
+    dist.init_process_group("fake", rank=0, world_size=DEVICES, store=FakeStore())
     yield init_device_mesh("cpu", (DEVICES,))
     dist.destroy_process_group()
 
