@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +128,7 @@ def _before(bench: Bench) -> list[dict[str, Any]]:
 def _untuned(bench: Bench) -> str:
     runs = _before(bench)
     score, loss = (statistics.mean(run[what] for run in runs) for what in ("score", "loss"))
-    said = f"Untuned: {100 * score:.1f} %, {loss:.3f} nats."
+    said = f"Untuned: {100 * score:.1f} %, {loss:.3f} nats; the larger class has {100 * _larger(bench):.1f} %."
     if bench.task == "classification":
         return f"{said} That is a random head, so *better* compares with training the head alone. {_SURE}"
     if bench.name == "t5" and (path := bench.folder / "pretrained.json").exists():
@@ -138,6 +140,13 @@ def _untuned(bench: Bench) -> str:
             f"All rates are {bench.scale:g} times those for the other models."
         )
     return f"{said} *better* compares with that. {_SURE}"
+
+
+def _larger(bench: Bench) -> float:
+    """The share of the larger class among the scored examples."""
+    lines = (bench.data() / "score.jsonl").read_text(encoding="utf-8").splitlines()
+    words = Counter(list(json.loads(line).values())[-1] for line in lines)
+    return max(words.values()) / len(lines)
 
 
 def _cells(bench: Bench, line: Line, full: Line, bar: tuple[str, float, float]) -> list[str]:
