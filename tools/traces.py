@@ -2,8 +2,8 @@
 
 Usage: ``python tools/traces.py [--models t5-11b ...] [--devices cuda-bf16 ...] [--check N]``. What is in a model's file
 is kept, so that it can be stopped and started again; delete the file to trace anew after the code has changed. The
-surfaces of one model and kind of device take about a minute of one core. ``--check N`` traces N of the shipped configurations
-afresh and fails where one differs.
+surfaces of one model and kind of device take about a minute of one core. ``--check N`` traces N of the shipped
+configurations afresh and fails where one differs.
 """
 
 from __future__ import annotations
