@@ -204,7 +204,8 @@ class Tracker(TorchDispatchMode):
         address = storage._cdata
         uid = self._uid_of.get(address)
         if uid is None:
-            uid = self._uid_of[address] = self._born(storage.nbytes())
+            size = 0 if tensor.device.type == "meta" else storage.nbytes()  # a structure alone, of a real run
+            uid = self._uid_of[address] = self._born(size)
             self._record(uid)
             weakref.finalize(storage, self._died, address, uid)
         return uid

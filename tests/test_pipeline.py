@@ -81,6 +81,17 @@ def test_measured_memory_is_near_what_was_predicted(tuned: Path) -> None:
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
+def test_every_phase_was_measured_and_is_near_what_was_predicted(tuned: Path) -> None:
+    """Loading is left out: threads read the weights, and they are not followed."""
+    planned = json.loads((tuned / "plan.json").read_text())
+    ended = json.loads((tuned / "events.jsonl").read_text().splitlines()[-1])
+    measured = {**ended["measured_phases"], **planned["measured_phases"]}
+    predicted = planned["predicted_phases"]
+    assert set(predicted) - {"loading"} == set(measured)
+    for phase, size in measured.items():
+        assert predicted[phase] == pytest.approx(size, rel=0.1), phase
+
+
 def test_the_report_needs_no_network(tuned: Path) -> None:
     page = (tuned / "report.html").read_text()
     assert "merged-fp32" in page and "http://" not in page.replace("http://www.w3.org", "") and "src=" not in page

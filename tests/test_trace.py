@@ -279,3 +279,11 @@ def test_no_tensor_is_touched_by_a_fake_device() -> None:
         with tracker.phase("forward"), torch.no_grad():
             large(torch.ones(1, 2**20))
     assert tracker.peaks()["forward"].peak_bytes >= 2**42
+
+
+def test_a_structure_without_weights_takes_no_memory() -> None:
+    tracker = Tracker(cuda=False)
+    with tracker.phase("save"):
+        structure = torch.empty(1000, device="meta")
+        real = torch.empty(1000)
+    assert tracker.peaks()["save"].peak_bytes == real.nbytes == structure.nbytes
