@@ -18,7 +18,8 @@ class DiffPruning(Method):
     """W + z ∘ Δ with hard-concrete gates z (arXiv 1712.01312) and a price on each that is expected to be open.
 
     The first stage trains Δ and the gates of all weights, twice as much as full tuning. The second keeps the largest
-    entries of z ∘ Δ and trains them on (section 3.2). A classifier's head is dense in both.
+    entries of z ∘ Δ and trains them on (section 3.2). A classifier's head is dense in both. The matrix of token logits
+    stays as it is, tied or not: nearly all the largest entries would be its, and none of them helps.
     """
 
     paper = Paper("Parameter-Efficient Transfer Learning with Diff Pruning", 2020, "2012.07463")
@@ -46,7 +47,7 @@ class DiffPruning(Method):
         self.require(self.gate_rate > 0, "gate_rate", "above 0")
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
-        for place in change.places(model, selection.own(model, anatomy)):
+        for place in change.places(model, selection.own_but_logits(model, anatomy)):
             change.put(place, Gated(place.tensor, start=self.start, stretch=self.stretch))
 
     def stages(self) -> tuple[Stage, ...]:

@@ -17,7 +17,8 @@ class LTSFT(Method):
     """The lottery ticket of a fine-tuning: the entries furthest from where they started, trained again from there.
 
     The first stage trains the change of every weight, embeddings too, so that it takes the memory of full tuning. A
-    classifier's head is dense in both stages and is not rewound.
+    classifier's head is dense in both stages and is not rewound. The matrix of token logits stays as it is, tied or
+    not: nearly all entries that move furthest would be its, and none of them helps.
     """
 
     paper = Paper("Composable Sparse Fine-Tuning for Cross-Lingual Transfer", 2022, "2110.07560")
@@ -34,7 +35,7 @@ class LTSFT(Method):
         self.require(0 < self.density < 1, "density", "a share between 0 and 1")
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
-        for place in change.places(model, selection.own(model, anatomy)):
+        for place in change.places(model, selection.own_but_logits(model, anatomy)):
             change.put(place, change.Dense(place.tensor))
 
     def stages(self) -> tuple[Stage, ...]:

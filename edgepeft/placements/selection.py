@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,18 @@ def own(model: nn.Module, anatomy: Anatomy) -> list[str]:
     parts = [*(block.path for block in anatomy.blocks), *anatomy.norms, *embeddings(model)]
     parts += [anatomy.unembedding] if anatomy.unembedding else []
     return [name for name, _ in model.named_parameters() if any(name.startswith(f"{part}.") for part in parts)]
+
+
+def own_but_logits(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """``own`` without the matrix that makes token logits, which most models also read tokens with.
+
+    Every step moves all its rows a little, those of tokens that never occur too: by how far they moved, its entries
+    win over all others, and training them changes next to nothing.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    logits = None if head is None else head.weight
+    parameters = dict(model.named_parameters())
+    return [name for name in own(model, anatomy) if parameters[name] is not logits]
 
 
 def embeddings(model: nn.Module) -> list[str]:
