@@ -93,12 +93,7 @@ def shipped(configuration: Configuration) -> Surface | None:
     if configuration.task == "seq2seq" and configuration.target_tokens != TARGET_TOKENS:
         return None
     plain = _shipped_surfaces(name).get(key(configuration))
-    if plain is None:
-        return None
-    found = surface.read(plain)
-    if configuration.cuda and not found.overhead:  # made before the allocator was replayed: an allowance stands for it
-        return replace(found, overhead={1: 1.08})
-    return found
+    return None if plain is None else surface.read(plain)
 
 
 def usual_tokens(model: Mapping[str, Any]) -> int:
