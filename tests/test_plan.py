@@ -224,7 +224,7 @@ def test_json_has_the_promised_form() -> None:
 
 def test_the_microbatch_is_the_largest_that_fits() -> None:
     small = hardware.load("t4-16gb")
-    tight = hardware.Hardware(**{**vars(small), "memory_bytes": small.reserved_bytes + (40 << 20)})
+    tight = hardware.Hardware(**{**vars(small), "memory_bytes": small.reserved_bytes + (160 << 20)})
     best = small_plan(hardware=tight).chosen()
     more = small_plan(hardware=tight, microbatch=best.microbatch + 1)
     assert 1 <= best.microbatch < plan.LARGEST_MICROBATCH
