@@ -66,11 +66,12 @@ class CachingAllocator:
         Raises:
             OutOfMemory: see ``allocate``.
         """
+        allocate, free = self.allocate, self.free
         for uid, size in history:
             if uid > 0:
-                self.allocate(uid, size)
+                allocate(uid, size)
             elif uid < 0:
-                self.free(-uid)
+                free(-uid)
             else:
                 self.empty_cache()
 
@@ -85,11 +86,12 @@ class CachingAllocator:
         size = -(-size_bytes // BLOCK) * BLOCK
         block = self._cached(size) or self._reserve(size)
         left = block.size - size
-        if left >= BLOCK if block.small else left > SMALL:
+        if left and (left >= BLOCK if block.small else left > SMALL):
             self._split(block, size)
         self._live[uid] = block
         self.allocated_bytes += block.size
-        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
+        if self.allocated_bytes > self.peak_allocated_bytes:
+            self.peak_allocated_bytes = self.allocated_bytes
 
     def free(self, uid: int) -> None:
         """Give a request back to the cache, joined with free neighbours."""

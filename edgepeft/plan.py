@@ -184,6 +184,7 @@ def plan(
     microbatch: int | None = None,
     accumulates: bool = True,
     first: bool = False,
+    sparing: bool = False,
     objective: str = "quality",
     examples: int | None = None,
     epochs: float = 1.0,
@@ -198,6 +199,7 @@ def plan(
         methods, precisions, checkpointing, microbatch: narrow the search to these.
         accumulates: whether an update may take several microbatches.
         first: trace in the order of preference and stop at the first that fits comfortably: the same choice, sooner.
+        sparing: trace each method in one precision after the other, and in none after one that fits comfortably.
         objective: what decides among what fits: quality (the safest method), memory (the smallest peak) or speed (the
             shortest update, as estimated).
         examples: of the training data, seen ``epochs`` times: how many updates the job has.
@@ -241,7 +243,9 @@ def plan(
     candidates: list[Candidate] = []
     excluded: dict[str, str] = {}
     refused: EdgePeftError | None = None
-    for part in [[configuration] for configuration in wanted] if first else [wanted]:
+    settled: set[str] = set()
+    for part in [[configuration] for configuration in wanted] if first else _rounds(wanted, sparing, objective):
+        part = [configuration for configuration in part if configuration.method not in settled]
         for configuration, traced in zip(part, traces.find(part, progress), strict=True):
             if isinstance(traced, EdgePeftError):
                 refused = traced
@@ -253,7 +257,8 @@ def plan(
                     _candidate(configuration, surface, hardware, microbatch, global_batch // devices, devices, strategy)
                     for strategy, surface in _shared(configuration, traced, devices)
                 ]
-        if first and candidates and candidates[-1].fits and _comfortable(candidates[-1], global_batch):
+        settled = {each.method for each in candidates if each.fits and _comfortable(each, global_batch)}
+        if first and settled:
             break  # all others rank behind it
     if not candidates and refused is not None:
         raise refused
@@ -271,6 +276,16 @@ def plan(
         times=TIMES if devices == 1 else f"{TIMES} {APART}",
         devices=devices,
     )
+
+
+def _rounds(wanted: Sequence[Configuration], sparing: bool, objective: str) -> list[list[Configuration]]:
+    """What is traced at once: all of it, or the precisions one after the other, the one that is wanted most first."""
+    if not sparing:
+        return [list(wanted)]
+    precisions = list(dict.fromkeys(configuration.precision for configuration in wanted))
+    if objective == "memory":
+        precisions.reverse()  # the preference is from exact to small
+    return [[configuration for configuration in wanted if configuration.precision == at] for at in precisions]
 
 
 def default_precisions(hardware: Hardware) -> list[str]:

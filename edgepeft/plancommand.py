@@ -23,7 +23,10 @@ def plan(
     gpus: Annotated[int, typer.Option("--gpus", help="How many of the GPU share the work (planned, not run).")] = 1,
     all_gpus: Annotated[bool, typer.Option("--all-gpus", help="Every machine with a profile, by method.")] = False,
     task: flags.Task = None,
-    method: flags.Method = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="A name, a dotted path, or all: every method, in the first precision that fits it well."),
+    ] = None,
     precision: flags.Precision = None,
     seq_len: flags.SeqLen = None,
     target_len: flags.TargetLen = None,

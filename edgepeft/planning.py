@@ -49,7 +49,8 @@ def plan_model(
 
     Args:
         model: a folder, a GGUF file, a catalogue name or a hub id.
-        method: a name, an alias, a dotted path, or ``all``; those of ``plan.PREFERRED`` when not given.
+        method: a name, an alias, a dotted path, or ``all``, each of which is planned in no further precision after
+            one that fits well; those of ``plan.PREFERRED``, in all precisions, when not given.
         settings: ``options.NAME=VALUE`` of the method.
         devices: how many of the device share the work.
         first: stop at the first candidate that fits comfortably.
@@ -99,6 +100,7 @@ def plan_model(
         epochs=epochs or DEFAULT_EPOCHS,
         devices=devices,
         first=first,
+        sparing=method == ALL,
         progress=progress,
     )
 

@@ -10,11 +10,15 @@ import itertools
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from edgepeft.allocator import CachingAllocator
 from edgepeft.probe import Recording
 
 MICROBATCHES = (1, 4, 16, 64)  # at which it is replayed
+Array = np.ndarray[Any, np.dtype[np.int64]]
 UPDATES = 2  # the first finds no optimizer states, and puts them where activations were
 
 
@@ -28,10 +32,11 @@ def overhead(low: Recording, high: Recording, pairs: int, traced: int) -> dict[i
     """
     run = _Run(high, low, pairs)
     events = list(run.training())
+    fixed, each = run.sizes(events, traced)
     found = {}
     for microbatch in MICROBATCHES:
         allocator = CachingAllocator()
-        allocator.run((uid, run.size(abs(uid), microbatch, traced)) for uid in events)
+        allocator.run(zip(events, (fixed + microbatch * each).tolist(), strict=True))
         found[microbatch] = allocator.peak_reserved_bytes / max(1, allocator.peak_allocated_bytes)
     return found
 
@@ -70,12 +75,18 @@ class _Run:
         phases = high.tracker.phases.values()
         self.new = itertools.count(1 + max(abs(event) for phase in phases for event in (*phase.held, *phase.events)))
 
-    def size(self, uid: int, microbatch: int, traced: int) -> int:
-        """Bytes of a storage at a microbatch."""
-        while uid in self.like:
-            uid = self.like[uid]
-        asked = self.high.tracker.storage(uid)[0] if uid else 0
-        return asked // traced * microbatch if traced > 1 and asked % traced == 0 else asked
+    def sizes(self, events: Sequence[int], traced: int) -> tuple[Array, Array]:
+        """Bytes of each event's storage: at any microbatch, and for each example beside."""
+        roots: dict[int, int] = {}
+        for event in events:
+            uid = root = abs(event)
+            while root in self.like:
+                root = self.like[root]
+            roots[uid] = root
+        asked = {root: self.high.tracker.storage(root)[0] for root in set(roots.values())}
+        every = np.array([asked[roots[abs(event)]] for event in events], dtype=np.int64)
+        grows = (every % traced == 0) & (traced > 1)
+        return np.where(grows, 0, every), np.where(grows, every // traced, 0)
 
     def training(self) -> Iterator[int]:
         """Births (uid) and deaths (-uid) of every stage's first updates, and of an evaluation."""

@@ -272,6 +272,17 @@ def test_stopping_at_the_first_that_fits_chooses_the_same() -> None:
     assert len(soon.candidates) == 1 < len(every.candidates)
 
 
+def test_many_methods_are_planned_in_further_precisions_only_where_they_do_not_fit_well() -> None:
+    both = {"methods": ["lora", "ln_tuning"], "precisions": ["fp32", "nf4"]}
+    roomy, exact = small_plan(**both, sparing=True), small_plan(**both)
+    assert [each.precision for each in roomy.candidates] == ["fp32", "fp32"] and roomy.chosen() == exact.chosen()
+    least = small_plan(**both, sparing=True, objective="memory")
+    assert [each.precision for each in least.candidates] == ["nf4", "nf4"]
+    small = hardware.load("t4-16gb")
+    none = hardware.Hardware(**{**vars(small), "memory_bytes": small.reserved_bytes + 1000})
+    assert len(small_plan(**both, sparing=True, hardware=none).candidates) == 4
+
+
 def test_several_devices_share_a_global_batch_in_two_ways() -> None:
     values = {"hardware": hardware.load("a100-40gb"), "microbatch": 4}
     one, four = small_plan(**values), small_plan(**values, devices=4, examples=160)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 RADIX = 32  # of the transform
 CHUNK = 2**20  # numbers that are worked on at a time: the rest of a layer needs no temporaries
-MOST_CHUNKS = 64  # of the largest layers, of which planning has to follow every one
+MOST_CHUNKS = 8  # of the largest layers: planning has to follow every one, and its temporaries are less than the layer
 _MASK = 0xFFFFFFFF
 
 
