@@ -22,7 +22,7 @@ from edgepeft.anatomy import Anatomy
 from edgepeft.errors import UsageError
 from edgepeft.methods.base import Method, NotMergeable, Paper
 from edgepeft.placements import presumed, selection
-from edgepeft.precision import StoredLinear
+from edgepeft.precision import StoredLinear, is_packed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,8 +32,12 @@ _ENCODER = "prompt_encoder"
 ADAPTER = "default"  # what PEFT calls a model's adapter when there is one
 WEIGHTS = "adapter_model.safetensors"
 _HEADS = {"classifier", "score"}  # PEFT writes both into a classifier's configuration, whichever it has
-# What these bring to the layers is gone when activations are computed again: a cache, or the task's number.
-_NOT_RECOMPUTED = ("PREFIX_TUNING", "CARTRIDGE", "POLY")
+# What these bring to the layers is gone when activations are computed again.
+_NOT_RECOMPUTED = {
+    "PREFIX_TUNING": "its keys and values, in a cache",
+    "CARTRIDGE": "its keys and values, in a cache",
+    "POLY": "the number of the task",
+}
 _OF_TASKS = ("POLY", "MULTITASK_PROMPT_TUNING")
 
 
@@ -76,6 +80,22 @@ class Foreign(Method):
     def backpropagates(self) -> bool:  # type: ignore[override]
         return self.type not in _NOT_RECOMPUTED
 
+    @property
+    def not_checkpointed(self) -> str:  # type: ignore[override]
+        return (
+            f"PEFT hands the layers {_NOT_RECOMPUTED[self.type]}, and takes it away before backward, "
+            "when checkpointing would compute them again."
+        )
+
+    @property
+    def unexportable(self) -> str:  # type: ignore[override]
+        if not (self.parsed().is_prompt_learning or self.type in _OF_TASKS):
+            return ""
+        return (
+            f"What PEFT does for {self.type} depends on the sizes and values of its input while it runs, which a graph "
+            "cannot. Its adapter works in PEFT."
+        )
+
     def parsed(self) -> Any:
         """A new ``PeftConfig``, to be trained.
 
@@ -83,6 +103,16 @@ class Foreign(Method):
             UsageError: PEFT is not installed, or the configuration is none, or one that cannot be trained here.
         """
         return peft_config.parse(self.configuration, self.source)
+
+    def check(self, at: str) -> None:
+        super().check(at)
+        if is_packed(at) and self.parsed().is_adaption_prompt:
+            raise UsageError(
+                f"{self.source} cannot train on {at} weights.",
+                f"PEFT asks each attention for the device and type of its parameters, to make {self.type} like them, "
+                "and packed weights are none.",
+                "Use --precision bf16, or another type of configuration (docs/peft.md), or --method prefix_tuning.",
+            )
 
     def positions(self, configuration: PretrainedConfig) -> int:
         config = self.parsed()
@@ -128,14 +158,6 @@ class Foreign(Method):
             delattr(model, name)
         del vars(model)[_WRAPPER]
         vars(model).pop("forward", None)
-
-    def condense(self, model: nn.Module) -> None:
-        if self.parsed().is_prompt_learning or self.type in _OF_TASKS:
-            raise UsageError(
-                f"{self.source} cannot be exported to ONNX.",
-                f"What PEFT does for {self.type} depends on the sizes and values of its input while it runs.",
-                "The adapter works in PEFT; --method prompt_tuning and prefix_tuning are made to be exported.",
-            )
 
 
 def read(name: str, options: Mapping[str, Any] | None) -> Foreign:
@@ -262,11 +284,13 @@ def _settle_task(source: str, config: Any, anatomy: Anatomy) -> None:
 
 def _refusal(method: Foreign, model: nn.Module, error: Exception) -> UsageError:
     ends = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
-    found = "target" in str(error).lower()
+    names = any(word in str(error).lower() for word in ("not found", "specify"))  # of the layers to change
     return UsageError(
         f"PEFT cannot put {method.type} of {method.source} into this model.",
         f"{peft_config.first_line(error)}.",
-        f"Its linear layers are called {', '.join(ends)}." if found else "",
+        f"Its linear layers are called {', '.join(ends)}."
+        if names
+        else "Use a type that this model and precision can have (docs/peft.md), or a method of edgepeft's own.",
     )
 
 

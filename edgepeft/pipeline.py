@@ -43,7 +43,7 @@ def run(wanted: Recipe, out: Path, *, until: str = STAGES[-1], say: Say = lambda
         EdgePeftError: a stage failed; what was finished before stays.
     """
     threads = torch.get_num_threads()
-    job = _Job(wanted, out, say)
+    job = _Job(wanted, out, until, say)
     try:
         if job.hardware.kind == "cpu" and job.hardware.cores:
             torch.set_num_threads(min(job.hardware.cores, os.cpu_count() or 1))
@@ -58,7 +58,7 @@ def run(wanted: Recipe, out: Path, *, until: str = STAGES[-1], say: Say = lambda
 class _Job:
     """The stages of one run. What they share is loaded when first needed."""
 
-    def __init__(self, wanted: Recipe, out: Path, say: Say) -> None:
+    def __init__(self, wanted: Recipe, out: Path, until: str, say: Say) -> None:
         self.space, self.say = Workspace(out), say
         self.hardware = _usable(load_hardware(wanted.hardware))
         wanted = self.space.adopt(_with_alias(wanted))
@@ -68,8 +68,14 @@ class _Job:
         self.recipe = dataclasses.replace(wanted, max_tokens=self._max_tokens(wanted))
         if self.recipe.method is not None:  # refuse what cannot be trained before the data is read
             method = base.create(self.recipe.method, self.recipe.options)
+            if self.recipe.precision is not None:
+                method.check(self.recipe.precision)
+            if self.recipe.checkpointing:
+                method.check_checkpointing()
             if self.recipe.microbatch is not None:
                 schedule.check(self.recipe, method)
+            if until == "export":
+                method.check_export()
         self.data = data.load(
             self.recipe.data,
             tokenizer=self.tokenizer,

@@ -228,17 +228,15 @@ def plan(
         for again in ([checkpointing] if checkpointing is not None else [False, True])
         if not again or traces.traits(method).backpropagates
     ]
-    if not wanted:  # the precision that was asked for is one the method refuses
+    if not wanted:  # the precision or the checkpointing that was asked for is one the method refuses
         from edgepeft.methods import base
 
         for method in methods or ():
             for at in precisions or ():
                 base.create(method, options).check(at)
-        raise UsageError(
-            "There is nothing to plan.",
-            "Checkpointing saves nothing with a method that does not send gradients through the backbone.",
-            "Leave it out.",
-        )
+            if checkpointing:
+                base.create(method, options).check_checkpointing()
+        raise UsageError("There is nothing to plan.", "No method and precision of those asked for go together.", "")
     wanted.sort(key=lambda configuration: _preference(configuration, hardware))
     candidates: list[Candidate] = []
     excluded: dict[str, str] = {}
@@ -248,8 +246,8 @@ def plan(
         part = [configuration for configuration in part if configuration.method not in settled]
         for configuration, traced in zip(part, traces.find(part, progress), strict=True):
             if isinstance(traced, EdgePeftError):
-                refused = traced
-                excluded[configuration.method] = traced.fact
+                refused = refused or traced  # of the precision that is wanted most
+                excluded.setdefault(configuration.method, traced.fact)
             elif devices > 1 and traces.traits(configuration.method).updates_in_backward:
                 excluded[configuration.method] = "It updates inside backward, before the devices share gradients."
             else:
@@ -262,6 +260,8 @@ def plan(
             break  # all others rank behind it
     if not candidates and refused is not None:
         raise refused
+    for method in {each.method for each in candidates}:  # refused on other precisions only
+        excluded.pop(method, None)
     candidates.sort(key=lambda candidate: _rank(candidate, global_batch // devices, hardware, objective))
     choice = 0 if candidates and candidates[0].fits else None
     return Plan(
@@ -270,7 +270,7 @@ def plan(
         task=task,
         candidates=tuple(candidates),
         choice=choice,
-        why="" if choice is None else _why(candidates, hardware, objective),
+        why="" if choice is None else _why(candidates, hardware, objective) + _afterwards(candidates[0].method),
         excluded=excluded,
         updates=None if examples is None else math.ceil(epochs * math.ceil(examples / global_batch)),
         times=TIMES if devices == 1 else f"{TIMES} {APART}",
@@ -390,6 +390,11 @@ def _preference(wanted: Candidate | Configuration, hardware: Hardware) -> tuple[
     )
 
 
+def _afterwards(method: str) -> str:
+    obstacle = traces.traits(method).unexportable
+    return f" It can be trained, but not exported to ONNX. {obstacle}" if obstacle else ""
+
+
 def _why(candidates: Sequence[Candidate], hardware: Hardware, objective: str) -> str:
     best = candidates[0]
     if objective == "memory":
@@ -398,7 +403,9 @@ def _why(candidates: Sequence[Candidate], hardware: Hardware, objective: str) ->
         if best.update_seconds is None:
             return f"No time is known of these; {best.method} on {best.precision} is the safest that fits."
         return f"{best.method} on {best.precision} has the shortest update, estimated at {best.update_seconds:.2g} s."
-    parts = [f"{best.method} is the safest method that fits with a microbatch of {best.microbatch}"]
+    others = len({each.method for each in candidates}) > 1
+    safest = "is the safest method that fits" if others else "fits"
+    parts = [f"{best.method} {safest} with a microbatch of {best.microbatch}"]
     if best.precision in PACKED:
         parts.append(f"{best.precision} because the weights do not fit well at {default_precisions(hardware)[0]}")
     if best.checkpointing:

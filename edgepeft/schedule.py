@@ -29,12 +29,10 @@ def check(recipe: Recipe, method: Method) -> None:
             "It updates each layer inside backward and frees the gradient at once; that is where its saving is.",
             f"Set global_batch to the microbatch, {recipe.microbatch}.",
         )
-    if recipe.checkpointing and not method.backpropagates:
-        raise UsageError(
-            f"{method.name} gains nothing from checkpointing.",
-            "It keeps no activations of the backbone, and checkpointing would send gradients through it after all.",
-            "Try --set checkpointing=false.",
-        )
+    if recipe.checkpointing:
+        method.check_checkpointing()
+    if recipe.optimizer is not None:
+        method.check_optimizer(recipe.optimizer)
 
 
 def steps_per_epoch(examples: int, microbatch: int, global_batch: int) -> int:

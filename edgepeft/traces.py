@@ -34,6 +34,7 @@ class Traits:
     writes_backbone: bool
     backpropagates: bool
     updates_in_backward: bool
+    unexportable: str = ""
 
 
 def traits(method: str) -> Traits:
@@ -52,7 +53,13 @@ def traits(method: str) -> Traits:
 
 def traits_of(method: Any) -> Traits:
     """The traits of a method's class, or of a method whose configuration decides them."""
-    return Traits(dict(method.aliases), method.writes_backbone, method.backpropagates, method.updates_in_backward)
+    return Traits(
+        aliases=dict(method.aliases),
+        writes_backbone=method.writes_backbone,
+        backpropagates=method.backpropagates,
+        updates_in_backward=method.updates_in_backward,
+        unexportable=method.unexportable,
+    )
 
 
 def named(name: str) -> tuple[str, str | None] | None:

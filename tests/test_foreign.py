@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ import training
 from conformance import gradients, randomised
 from torch import nn
 
-from edgepeft import adapter, ledger, pipeline, precision, traces
+from edgepeft import adapter, hardware, ledger, pipeline, plan, precision, traces
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.evaluate import sample_logits
 from edgepeft.merge import relative_difference
@@ -190,10 +191,35 @@ def test_checkpointing_is_not_planned_where_its_layers_would_miss_something(tmp_
     assert isinstance(peft_types.planned(name, "llama", checkpointing=True, cuda=True, bf16=True), Surface)
 
 
-def test_a_prompt_is_not_exported(tmp_path: Path) -> None:
-    name = peft_types.write(tmp_path, peft_types.fields("PROMPT_TUNING", "bert"))
-    with pytest.raises(UsageError, match="prompt_tuning"):
-        base.create(name).condense(tiny.model("bert"))
+def test_a_prompt_is_trained_and_an_export_of_it_is_refused_before_the_data_is_read(tmp_path: Path) -> None:
+    name = peft_types.write(tmp_path / "configuration", peft_types.fields("PROMPT_TUNING", "bert"))
+    chosen = training.written("classification", method=name, options={}, max_steps=2)
+    with pytest.raises(UsageError, match="edgepeft train"):
+        pipeline.run(dataclasses.replace(chosen, data="nowhere.jsonl"), tmp_path / "run")
+    lines: list[str] = []
+    pipeline.run(chosen, tmp_path / "run", until="train", say=lines.append)
+    assert any("not exported to ONNX" in line for line in lines)
+    with pytest.raises(UsageError, match="edgepeft train"):
+        pipeline.run(chosen, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "POLY"])
+def test_what_checkpointing_would_lose_is_said_before_the_data_is_read(kind: str, tmp_path: Path) -> None:
+    name = peft_types.write(tmp_path / "configuration", peft_types.fields(kind, "llama"))
+    chosen = training.written("causal-lm", method=name, options={}, checkpointing=True, data="nowhere.jsonl")
+    with pytest.raises(UsageError, match="takes it away before backward"):
+        pipeline.run(chosen, tmp_path / "run")
+    found = {"model": tiny.configuration("llama").to_dict(), "task": "causal-lm", "name": "tiny", "tokens": 16}
+    with pytest.raises(UsageError, match="takes it away before backward"):
+        plan.plan(**found, hardware=hardware.load("auto"), methods=[name], checkpointing=True)
+
+
+def test_an_adaption_prompt_is_refused_on_packed_weights_and_on_models_that_peft_does_not_know(tmp_path: Path) -> None:
+    name = peft_types.write(tmp_path / "llama", peft_types.fields("ADAPTION_PROMPT", "llama"))
+    with pytest.raises(UsageError, match="packed weights are none"):
+        base.create(name).check("int8")
+    with pytest.raises(UsageError, match=r"Unsupported model type[\s\S]*docs/peft.md"):
+        base.complete(base.create(name), tiny.load("bert"))
 
 
 def test_a_killed_run_ends_in_the_same_bytes(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from edgepeft.anatomy import Anatomy
 from edgepeft.backbone import Backbone
 from edgepeft.errors import EdgePeftError, UsageError, nearest
 from edgepeft.peft_config import path_of
-from edgepeft.placements import projection, selection
+from edgepeft.placements import eight_bit, projection, selection
 from edgepeft.precision import StoredLinear, is_packed, pack, store_frozen
+from edgepeft.surface import ADAMW, OPTIMIZERS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -46,6 +47,14 @@ class Paper:
 
 class NotMergeable(EdgePeftError):
     """A method whose change cannot be folded into the backbone's weights."""
+
+
+def _no_choice(what: str, kind: str) -> UsageError:
+    return UsageError(
+        f"{what} cannot be trained with {kind}.",
+        "It comes with an optimizer of its own.",
+        f"Leave the optimizer out, or use another method: --method full --optimizer {kind}.",
+    )
 
 
 def _as_it_is(model: nn.Module, anatomy: Anatomy) -> None:
@@ -76,6 +85,20 @@ class Stage:
     one_by_one: bool = False
     clips: bool = True
 
+    def made(self, model: nn.Module, lr: float, weight_decay: float, kind: str) -> torch.optim.Optimizer:
+        """The stage's optimizer; its AdamW as the recipe wants it, one of ``surface.OPTIMIZERS``.
+
+        Raises:
+            UsageError: it trains by an optimizer that is no AdamW, and that has one form only.
+        """
+        found = self.optimizer(model, lr, weight_decay)
+        if kind == ADAMW:
+            return found
+        lighter = eight_bit.like(found, lr)
+        if lighter is None and self.updates is None:  # a fixed number of them measures, or folds what was trained
+            raise _no_choice(f"The stage {self.name!r} of this method", kind)
+        return lighter or found
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
@@ -93,6 +116,10 @@ class Method(ABC):
     saves: ClassVar[tuple[str, ...]] = ("disk", "memory")  # compared with full tuning, as the survey has it
     overhead: ClassVar[str] = ""  # what a model that cannot be merged computes besides its backbone, in a few words
     obstacle: ClassVar[str] = "No weight of the backbone can stand for what it computes."  # why it cannot be merged
+    unexportable: ClassVar[str] = ""  # why it cannot be exported to ONNX, where it cannot
+    not_checkpointed: ClassVar[str] = (  # why activations are not computed again, where it does not backpropagate
+        "It keeps no activations of the backbone, and checkpointing would send gradients through it after all."
+    )
     counts_layers: ClassVar[bool] = False  # whether it fits a model depends on how many layers that has
     narrow: ClassVar[Mapping[str, Any]] = {}  # options for a width of 32, heads of 8: where defaults are too large
 
@@ -109,6 +136,32 @@ class Method(ABC):
                 f"{self.name} cannot train on {at} weights.",
                 "It writes to the backbone's own weights, and packed weights cannot be written.",
                 "Use --precision bf16, or a method that leaves the backbone alone: lora, ln_tuning, lst.",
+            )
+
+    def check_optimizer(self, kind: str) -> None:
+        """Refuse, before work starts, an unknown optimizer, and another form of AdamW than a method's own optimizer."""
+        if kind not in OPTIMIZERS:
+            raise UsageError(f"There is no optimizer {kind!r}.", "", nearest(kind, OPTIMIZERS))
+        if kind != ADAMW and self.updates_in_backward:
+            raise _no_choice(self.name, kind)
+
+    def check_checkpointing(self) -> None:
+        """Refuse, before work starts, to compute activations again where that is no use or would go wrong."""
+        if not self.backpropagates:
+            raise UsageError(
+                f"{self.name} is not trained with checkpointing.",
+                self.not_checkpointed,
+                "Try --set checkpointing=false.",
+            )
+
+    def check_export(self) -> None:
+        """Refuse, before work starts, an export to ONNX that could not be made."""
+        if self.unexportable:
+            raise UsageError(
+                f"{self.name} cannot be exported to ONNX.",
+                self.unexportable,
+                "`edgepeft train` takes the same options and ends with the adapter. To run on a device, choose "
+                "another method: lora, prompt_tuning, prefix_tuning.",
             )
 
     def require(self, holds: bool, option: str, expected: str) -> None:
