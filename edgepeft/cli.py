@@ -76,6 +76,7 @@ def measure(
     method: Annotated[str, typer.Option("--method", help="A method's name, or a dotted path.")],
     task: flags.Task = None,
     precision: flags.Precision = None,
+    optimizer: flags.Optimizer = None,
     seq_len: Annotated[int, typer.Option("--seq-len", min=1, help="Tokens of a sequence.")] = 512,
     target_len: Annotated[int, typer.Option("--target-len", min=1, help="Tokens of a target (seq2seq).")] = 128,
     microbatch: Annotated[int, typer.Option(min=1, help="Sequences of a microbatch.")] = 1,
@@ -88,6 +89,7 @@ def measure(
     from edgepeft import backbone, hardware, tables
     from edgepeft import measure as measuring
     from edgepeft import recipe as recipes
+    from edgepeft.surface import ADAMW
 
     values: dict[str, Any] = {}
     for setting in settings or []:
@@ -103,6 +105,7 @@ def measure(
         tokens=seq_len,
         target_tokens=target_len,
         checkpointing=checkpointing,
+        optimizer=optimizer or ADAMW,
     )
     if out is not None:
         measuring.append(out, row)
@@ -122,6 +125,7 @@ def run(
     task: flags.Task = None,
     method: flags.Method = None,
     precision: flags.Precision = None,
+    optimizer: flags.Optimizer = None,
     seq_len: flags.SeqLen = None,
     target_len: flags.TargetLen = None,
     global_batch: flags.GlobalBatch = None,
@@ -129,7 +133,8 @@ def run(
     as_json: flags.Json = False,
 ) -> None:
     """Plan, train, merge, export, verify and package. The same command goes on where an earlier one stopped."""
-    values = _values(recipe, settings, model, data, gpu, task, method, precision, seq_len, target_len, global_batch)
+    flagged = model, data, gpu, task, method, precision, optimizer, seq_len, target_len, global_batch
+    values = _values(recipe, settings, *flagged)
     _run(values, out, "export", as_json)
 
 
@@ -143,6 +148,7 @@ def train(
     task: flags.Task = None,
     method: flags.Method = None,
     precision: flags.Precision = None,
+    optimizer: flags.Optimizer = None,
     seq_len: flags.SeqLen = None,
     target_len: flags.TargetLen = None,
     global_batch: flags.GlobalBatch = None,
@@ -150,7 +156,8 @@ def train(
     as_json: flags.Json = False,
 ) -> None:
     """Plan and train only."""
-    values = _values(recipe, settings, model, data, gpu, task, method, precision, seq_len, target_len, global_batch)
+    flagged = model, data, gpu, task, method, precision, optimizer, seq_len, target_len, global_batch
+    values = _values(recipe, settings, *flagged)
     _run(values, out, "train", as_json)
 
 
@@ -219,6 +226,7 @@ def _values(
     task: str | None,
     method: str | None,
     precision: str | None,
+    optimizer: str | None,
     seq_len: int | None,
     target_len: int | None,
     global_batch: int | None,
@@ -234,6 +242,7 @@ def _values(
         "task": task,
         "method": method,
         "precision": precision,
+        "optimizer": optimizer,
         "max_tokens": seq_len,
         "max_target_tokens": target_len,
         "global_batch": global_batch,

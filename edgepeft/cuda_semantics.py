@@ -100,9 +100,10 @@ def workspace_bytes(operator: Any, args: tuple[Any, ...], *, cuda: bool) -> tupl
     if operator is _aten.logsumexp.default:
         # ``(self - maxes).exp_()`` in logsumexp_out_impl (native/ReduceOps.cpp), on every device
         return (args[0].numel() * args[0].element_size(),)
-    if not cuda:
+    if not cuda and operator.namespace != "bitsandbytes":
         return ()
-    found = _WORKSPACES.get(operator.name().partition(".")[0]) if isinstance(operator, torch._ops.OpOverload) else None
+    kernels = _WORKSPACES if cuda else _ON_CPU
+    found = kernels.get(operator.name().partition(".")[0]) if isinstance(operator, torch._ops.OpOverload) else None
     return found(args) if found is not None else ()
 
 
@@ -141,12 +142,26 @@ def _gemm_4bit(args: tuple[Any, ...]) -> tuple[int, ...]:
     return (shape[0] * shape[1] * states.element_size(),) if rows > _GEMM_4BIT_ROWS else ()
 
 
+def _eight_bit_update(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """bitsandbytes' backends/cpu/ops.py: both moments and the gradient in fp32, the root of one, and a quotient."""
+    return (5 * 4 * args[2].numel(),)
+
+
+def _small_update(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """The same file, states in fp32: the gradient, the root of the second moment and a sum with it."""
+    return (3 * 4 * args[2].numel(),)
+
+
 _GEMM_4BIT_ROWS = 512  # _gemm_4bit_use_custom_cuda: up to here a kernel reads packed weights
 _WORKSPACES: dict[str, Callable[[tuple[Any, ...]], tuple[int, ...]]] = {
     "aten::_softmax_backward_data": _softmax_backward,
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
     "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward,
     "bitsandbytes::gemm_4bit": _gemm_4bit,
+}
+_ON_CPU: dict[str, Callable[[tuple[Any, ...]], tuple[int, ...]]] = {  # CUDA's kernels for these work in place
+    "bitsandbytes::optimizer_update_8bit_blockwise": _eight_bit_update,
+    "bitsandbytes::optimizer_update_32bit": _small_update,
 }
 
 

@@ -12,6 +12,7 @@ Model = Annotated[str, typer.Option("--model", help="A folder, a GGUF file, a ca
 Gpu = Annotated[str | None, typer.Option("--gpu", "--hardware", help="A profile, a .toml of your own, or auto.")]
 Method = Annotated[str | None, typer.Option("--method", help="A method's name, or a dotted path.")]
 Precision = Annotated[str | None, typer.Option("--precision", help="fp32, bf16, int8 or nf4.")]
+Optimizer = Annotated[str | None, typer.Option("--optimizer", help="adamw or adamw-8bit.")]
 Task = Annotated[str | None, typer.Option("--task", help="classification, causal-lm or seq2seq.")]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Longest sequence in tokens.")]
 TargetLen = Annotated[int | None, typer.Option("--target-len", help="Longest target in tokens (seq2seq).")]

@@ -13,7 +13,9 @@ from edgepeft import machine
 from edgepeft.errors import EdgePeftError, UsageError, nearest
 
 AUTO = "auto"
-OPERATIONS = ("matmul", "thin", "attention", "elementwise", "curved", "random", "dequantize", "optimizer")
+OPERATIONS = (
+    *("matmul", "thin", "attention", "elementwise", "curved", "random", "dequantize", "optimizer", "requantize"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

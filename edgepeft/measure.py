@@ -23,8 +23,9 @@ from edgepeft import backbone, machine, precision, probe, roofline
 from edgepeft.files import write_text
 from edgepeft.hardware import Hardware
 from edgepeft.methods import base
+from edgepeft.placements import eight_bit
 from edgepeft.step import TrainingStep
-from edgepeft.surface import Configuration
+from edgepeft.surface import ADAMW, EIGHT_BIT, Configuration
 from edgepeft.trace import Tracker
 
 GiB = 2**30
@@ -60,7 +61,7 @@ def measure(name: str, configuration: Configuration, hardware: Hardware) -> dict
         "config": repr(method),
         "dtype": configuration.precision,
         "quant": configuration.precision if precision.is_packed(configuration.precision) else "none",
-        "optimizer": "the method's own",
+        "optimizer": "the method's own" if configuration.optimizer == ADAMW else configuration.optimizer,
         "microbatch": configuration.microbatch,
         "seq_len": configuration.tokens,
         "target_len": configuration.target_tokens if configuration.task == "seq2seq" else "",
@@ -89,15 +90,20 @@ def measure_model(
     tokens: int,
     target_tokens: int,
     checkpointing: bool,
+    optimizer: str = ADAMW,
 ) -> dict[str, Any]:
     """What ``edgepeft measure`` does.
 
     Raises:
-        UsageError: an unknown name, or a method that refuses the precision.
+        UsageError: an unknown name, or a method that refuses the precision or the optimizer.
     """
     at = precision_ or base.implied_precision(method) or ("bf16" if hardware.bf16 else "fp32")
     precision.check(at)
-    base.create(method, options).check(at)
+    chosen = base.create(method, options)
+    chosen.check(at)
+    chosen.check_optimizer(optimizer)
+    if optimizer == EIGHT_BIT:
+        eight_bit.check(hardware.kind)
     config = backbone.config(source)
     configuration = Configuration(
         model=probe.as_fields(config),
@@ -113,6 +119,7 @@ def measure_model(
         accumulates=True,
         cuda=hardware.kind == "cuda",
         bf16=hardware.bf16,
+        optimizer=optimizer,
     )
     return measure(source.name, configuration, hardware)
 
@@ -186,7 +193,7 @@ class _Step:
         if configuration.checkpointing:
             self.model.activation_checkpointing_enable()
         self.model.train()
-        self.optimizer = method.stages()[0].optimizer(self.model, 1e-3, 0.0)
+        self.optimizer = method.stages()[0].made(self.model, 1e-3, 0.0, configuration.optimizer)
         self.step = TrainingStep(
             self.model,
             self.optimizer,

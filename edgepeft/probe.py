@@ -135,7 +135,7 @@ def _train(
 ) -> None:
     model, tracker = backbone.model, found.tracker
     model.train()
-    optimizer = stage.optimizer(model, 1e-3, 0.0)
+    optimizer = stage.made(model, 1e-3, 0.0, configuration.optimizer)
     step = TrainingStep(
         model,
         optimizer,

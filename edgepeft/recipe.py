@@ -15,6 +15,7 @@ from typing import Any
 
 from edgepeft.errors import UsageError, nearest
 from edgepeft.files import write_text
+from edgepeft.surface import ADAMW, OPTIMIZERS
 
 _POSITIVE = (
     *("max_tokens", "max_target_tokens", "validation_limit", "microbatch", "global_batch", "epochs", "max_steps"),
@@ -57,6 +58,8 @@ class Recipe:
     """Examples in one forward pass."""
     checkpointing: bool | None = None
     """Whether activations are computed again in backward instead of kept."""
+    optimizer: str | None = None
+    """adamw, or adamw-8bit, whose states take a quarter of the memory; the latter where only that fits well."""
 
     global_batch: int = 16
     """Examples of one update, whatever the microbatch."""
@@ -107,6 +110,7 @@ class Recipe:
             raise UsageError("recipe: warmup and validation_fraction are shares between 0 and 1.", "", "")
         for value, known in (
             (self.schedule, ("cosine", "linear")),
+            (self.optimizer or ADAMW, OPTIMIZERS),
             *((v, ("fp32", "int8", "int4")) for v in self.variants),
         ):
             if value not in known:

@@ -90,9 +90,9 @@ _MOVES = {"matmul": "elementwise", "thin": "elementwise", "attention": "elementw
 # hardware.detect derives from its clock and instructions, and against the bandwidth of a copy.
 USUAL: Mapping[str, Mapping[str, float]] = {
     "cuda": {"matmul": 0.8, "thin": 0.8, "attention": 0.5}
-    | dict.fromkeys(("elementwise", "curved", "random", "dequantize", "optimizer"), 0.8),
+    | dict.fromkeys(("elementwise", "curved", "random", "dequantize", "optimizer", "requantize"), 0.8),
     "cpu": {"matmul": 0.9, "thin": 0.4, "attention": 0.3}
-    | {"elementwise": 0.8, "curved": 0.35, "random": 0.03, "dequantize": 0.6, "optimizer": 1.0},
+    | {"elementwise": 0.8, "curved": 0.35, "random": 0.03, "dequantize": 0.6, "optimizer": 1.0, "requantize": 0.02},
 }
 
 # cuda: 7 us for Python, dispatch and recording of an operator on a tensor that needs gradients (pytorch/pytorch issue

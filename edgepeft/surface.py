@@ -15,6 +15,9 @@ TRAINING = ("loading", "forward+backward", "update", "evaluation", "checkpoint")
 WORKING = ("forward+backward", "update")
 """Phases whose work is counted: a step is the first for each of its microbatches, and then the second."""
 
+ADAMW, EIGHT_BIT = OPTIMIZERS = ("adamw", "adamw-8bit")
+"""AdamW with states in fp32 (of bf16 weights in bf16), and with states in 8 bits (``placements.eight_bit``)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
@@ -26,6 +29,7 @@ class Configuration:
         accumulates: whether an update takes several microbatches.
         cuda: allocate as a CUDA device does.
         bf16: whether the hardware multiplies bf16.
+        optimizer: one of ``OPTIMIZERS``; a method with an optimizer of its own has only the first.
     """
 
     model: Mapping[str, Any]
@@ -41,6 +45,7 @@ class Configuration:
     accumulates: bool
     cuda: bool
     bf16: bool
+    optimizer: str = ADAMW
 
 
 @dataclass(frozen=True)

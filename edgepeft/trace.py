@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from edgepeft import cuda_semantics
+from edgepeft.placements import eight_bit
 from edgepeft.recall import RecallingMode, describe
 from edgepeft.roofline import Work
 from edgepeft.work import Tally
@@ -263,8 +264,7 @@ def fake_device(*, cuda: cuda_semantics.Device | bool) -> Iterator[Tracker]:
                 ...
         tracker.peaks()
     """
-    import bitsandbytes  # noqa: F401  # before: its tables are tensors, and must not be fake for the rest of the process
-
+    eight_bit.codes()  # and with it bitsandbytes, whose tables must not be fake for the rest of the process
     tracker = Tracker(cuda=cuda)
     tracker.fake = RecallingMode()
     emulated = cuda_semantics.emulated(tracker.cuda) if tracker.cuda else contextlib.nullcontext()

@@ -31,6 +31,7 @@ from edgepeft.methods.base import Method
 from edgepeft.recipe import Recipe
 from edgepeft.schedule import check, learning_rate, legs, total_steps
 from edgepeft.step import Batch, TrainingStep
+from edgepeft.surface import ADAMW
 from edgepeft.watch import peak
 
 CHECKPOINT_SECONDS = 600  # at most this much work is lost to a kill
@@ -223,7 +224,7 @@ class _Run:
         clips = stage.clips and not self.method.updates_in_backward
         return TrainingStep(
             self.model,
-            stage.optimizer(self.model, self.rate, self.recipe.weight_decay),
+            stage.made(self.model, self.rate, self.recipe.weight_decay, self.recipe.optimizer or ADAMW),
             clip_norm=self.recipe.clip_norm if clips else None,
             backward=self.accelerator.backward,
             penalty=self.method.penalty,

@@ -38,7 +38,8 @@ class Tally:
 
     Classes: ``matmul.DTYPE``, ``thin.DTYPE`` (see ``THIN``), ``attention.DTYPE``; ``curved`` (softmax, norms,
     activations, random integers) and ``random`` (random fractions), which cost a CPU more than their bytes;
-    ``dequantize``, ``optimizer``, ``elementwise`` (all others that compute) and ``view`` (only the call).
+    ``dequantize``, ``optimizer``, ``requantize`` (an optimizer with states in 8 bits), ``elementwise`` (all others that
+    compute) and ``view`` (only the call).
     """
 
     def __init__(self) -> None:
@@ -134,6 +135,8 @@ def _call(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], resul
         return _Call("elementwise", 1, 0, 2 * _bytes(outputs))
     moved = _bytes(inputs) + _bytes(outputs if outputs else _written(operator, args, kwargs))
     name = packet.__name__
+    if name.startswith("optimizer_update_"):  # bitsandbytes'
+        return _Call("requantize" if "8bit" in name else "optimizer", 1, 0, moved)
     if operator.namespace == "bitsandbytes":
         return _Call("dequantize", 1, 0, moved)
     if name.startswith(("_foreach_", "_fused_")):
@@ -182,6 +185,6 @@ def _written(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         value
         for each, value in given
         if each.alias_info is not None and each.alias_info.is_write
-        if each.name != "grads"  # of fused optimizers, which write there only under a gradient scaler
+        if each.name not in ("grads", "g")  # of fused optimizers, which write there only under a gradient scaler
     ]
     return [leaf for leaf in tree_leaves(changed) if isinstance(leaf, Tensor)]

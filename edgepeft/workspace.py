@@ -92,7 +92,7 @@ class Workspace:
             return wanted
         stored = self.stored()
         asked = {entry.name: getattr(wanted, entry.name) for entry in dataclasses.fields(Recipe)}
-        chosen = ("task", "max_tokens", "method", "precision", "microbatch", "checkpointing")
+        chosen = ("task", "max_tokens", "method", "precision", "microbatch", "checkpointing", "optimizer")
         asked |= {name: getattr(stored, name) for name in chosen if asked[name] is None}
         merged = Recipe(**asked)
         differing = [name for name in asked if name not in _FREE and getattr(stored, name) != getattr(merged, name)]
@@ -118,6 +118,8 @@ class Workspace:
         fields = {
             entry.name: getattr(recipe, entry.name) for entry in dataclasses.fields(Recipe) if entry.name not in _FREE
         }
+        if fields["optimizer"] is None:  # of a run that began before there was a choice
+            del fields["optimizer"]
         sources = [
             Path(name) for name in (recipe.data, recipe.validation, recipe.model) if name and Path(name).exists()
         ]

@@ -25,6 +25,7 @@ from edgepeft import hardware
 from edgepeft.errors import EdgePeftError
 from edgepeft.files import write_text
 from edgepeft.hardware import Hardware
+from edgepeft.placements import eight_bit
 from edgepeft.precision import NF4Linear
 from edgepeft.work import Tally
 
@@ -63,6 +64,7 @@ class Probe:
             "random": self._random() / bandwidth,
             "dequantize": self._dequantize() / bandwidth,
             "optimizer": self._optimizer() / bandwidth,
+            "requantize": self._requantize() / bandwidth,
         }
         kept = {name: text for name, text in self.known.sources.items() if not name.startswith(("flops", "bandwidth"))}
         return replace(
@@ -161,6 +163,12 @@ class Probe:
         adam = torch.optim.AdamW([parameter], fused=True)
         moved = 7 * 4 * parameter.numel()  # four tensors are read and three written
         return self._rate("reached.optimizer", lambda: adam.step(), moved, "fused AdamW on 4 Mi fp32 parameters")
+
+    def _requantize(self) -> float:
+        parameter = torch.nn.Parameter(torch.randn(4 << 20, device=self.device))
+        parameter.grad = torch.randn_like(parameter)
+        adam = eight_bit.AdamW([{"params": [parameter]}], lr=1e-3)
+        return self._moved("requantize", adam.step, "AdamW with states in 8 bits on 4 Mi fp32 parameters")
 
     def _call(self) -> float:
         """Seconds an operator costs whatever it does: a chain of them on single numbers, forward and backward."""
