@@ -45,11 +45,15 @@ def given() -> Iterator[None]:
             put(tensor, index, value)
 
     def projections(layer: Any, adapter: str, *, device: Any, dtype: torch.dtype) -> tuple[Any, ...]:
-        """FRoD keeps its projections on the CPU and copies them to the device whenever they are used."""
-        outer, inner = (held[adapter].to(dtype).clone() for held in (layer.frod_U, layer.frod_V))
+        outer, inner = (held[adapter].to(dtype=dtype) for held in (layer.frod_U, layer.frod_V))
         values, diagonal = (held[adapter].to(dtype) for held in (layer.frod_lambda_s_values, layer.frod_lambda_l))
-        rows, columns = layer.frod_s_indices[adapter].clone()
+        rows, columns = layer.frod_s_indices[adapter].to(dtype=torch.long)
         return outer, inner, _Sparse(rows, columns, values, len(inner)), diagonal
+
+    def offloaded(layer: Any) -> None:
+        """To a trace everything is on the device; what moves to the CPU leaves it."""
+        weight = layer.get_base_layer().weight
+        weight.data = torch.empty(0, dtype=weight.dtype)
 
     def sparse_change(layer: Any, adapter: str) -> _Sparse:
         rows, columns = layer.shira_indices[adapter]
@@ -65,9 +69,52 @@ def given() -> Iterator[None]:
         mock.patch.object(shira, "update_layer", counted),
         mock.patch.object(boft, "perm2mat", lambda _, permutation: torch.zeros(len(permutation), len(permutation))),
         mock.patch.object(frod, "_get_frod_tensors", projections),
+        mock.patch.object(frod, "_offload_base_weight_to_cpu", offloaded),
         mock.patch.object(shira_linear, "get_delta_weight", sparse_change),
         _clusters(),
     ):
+        yield
+
+
+@dataclass(frozen=True)
+class _OnHost:
+    """A buffer in the CPU's memory, of which the device gets a copy whenever it is used."""
+
+    shape: torch.Size
+
+    def to(self, like: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(self.shape, dtype=dtype if like is None else like.dtype)
+
+
+def leave_on_host(model: Any) -> None:
+    """Take off the device what peft makes on the CPU and does not move: BOFT's permutations and FRoD's projections."""
+    from peft.tuners._buffer_dict import BufferDict
+
+    owned = set()
+    for module in model.modules():
+        if "boft_P" in module._buffers:
+            module.__dict__["boft_P"] = _OnHost(module._buffers.pop("boft_P").shape)
+        for name in ("frod_U", "frod_V", "frod_s_indices"):
+            held = getattr(module, name, None)
+            if isinstance(held, BufferDict):
+                module._modules.pop(name, None)
+                module.__dict__[name] = {adapter: _OnHost(buffer.shape) for adapter, buffer in held.items()}
+                owned.add(held)
+    for held in owned:  # several layers share one
+        held._buffers.clear()
+
+
+@contextlib.contextmanager
+def generating(tokens: int) -> Iterator[None]:
+    """While active, ``generate`` makes so many new tokens: no answer ends before, no prompt is padded on the right."""
+    from transformers.generation.utils import GenerationMixin
+
+    left, item = iter(range(tokens)), Tensor.item
+    unfinished = mock.patch.object(
+        GenerationMixin, "_has_unfinished_sequences", lambda *_, **__: next(left, None) is not None
+    )
+    bools = mock.patch.object(Tensor, "item", lambda tensor: False if tensor.dtype is torch.bool else item(tensor))
+    with unfinished, bools:
         yield
 
 

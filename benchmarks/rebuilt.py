@@ -16,15 +16,9 @@ import torch
 
 from edgepeft.allocator import CachingAllocator
 
-# The phases in the order in which they run; the last is where a run's peak is.
-PHASES = {
-    "t4": ("load", "step 1", "step 2"),
-    "metamath": ("load", "short", "long"),
-}
-
 
 def main(argument: str) -> dict[str, Any]:
-    """Bytes of tensors, and of blocks and segments of the caching allocator: at most, over all phases."""
+    """Bytes of blocks and segments of the caching allocator: at most, over all phases, and segments in each of them."""
     setup = json.loads(argument)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -33,14 +27,18 @@ def main(argument: str) -> dict[str, Any]:
     if harness == "reality":
         return importlib.import_module(harness).compare(**setup)
     tracker = importlib.import_module(harness).trace(setup, layers)
+    phases = list(tracker.phases)
     allocator = CachingAllocator()
-    allocator.run(tracker.history(*PHASES[harness]))
-    last = tracker.peaks()[PHASES[harness][-1]]
+    reserved, done = {}, 0
+    for count, name in enumerate(phases, start=1):
+        history = list(tracker.history(*phases[:count]))
+        allocator.peak_reserved_bytes = allocator.reserved_bytes
+        allocator.run(history[done:])
+        done, reserved[name] = len(history), allocator.peak_reserved_bytes
     return {
-        "tensor_bytes": last.peak_bytes,
-        "bytes": dict(last.bytes),
         "allocated_bytes": allocator.peak_allocated_bytes,
-        "reserved_bytes": allocator.peak_reserved_bytes,
+        "reserved_bytes": max(reserved.values()),
+        "reserved_by_phase": reserved,
     }
 
 

@@ -55,15 +55,20 @@ def read() -> list[Row]:
         return [_row(fields) for fields in csv.DictReader(file)]
 
 
-def traced(wanted: Sequence[tuple[str, dict[str, Any], int | None]]) -> Iterator[dict[str, Any]]:
+def traced(
+    wanted: Sequence[tuple[str, dict[str, Any], int | None]], libraries: Path | None = None
+) -> Iterator[dict[str, Any]]:
     """What ``rebuilt.py`` finds for each (harness, set-up, layers), in this order; ``error`` for what fails.
 
     What was found before is read from the cache, if nothing that it depends on has changed.
+
+    Args:
+        libraries: a folder of packages that are taken in place of those installed here.
     """
     arguments = [json.dumps({"harness": h, "layers": layers, **setup}, sort_keys=True) for h, setup, layers in wanted]
-    paths = [CACHE / f"{_key(text, each[0])}.json" for text, each in zip(arguments, wanted, strict=True)]
+    paths = [CACHE / f"{_key(text, each[0], libraries)}.json" for text, each in zip(arguments, wanted, strict=True)]
     missing = {path: text for path, text in zip(paths, arguments, strict=True) if not path.exists()}
-    found = _run(list(missing.values()))
+    found = _run(list(missing.values()), libraries)
     for path in paths:
         if path in missing:
             del missing[path]  # the worker answers in the order of the questions
@@ -75,9 +80,10 @@ def traced(wanted: Sequence[tuple[str, dict[str, Any], int | None]]) -> Iterator
             yield json.loads(path.read_text(encoding="utf-8"))
 
 
-def _run(arguments: list[str]) -> Iterator[dict[str, Any]]:
+def _run(arguments: list[str], libraries: Path | None) -> Iterator[dict[str, Any]]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment["PYTHONPATH"] = os.pathsep.join((str(FOLDER.parent), environment.get("PYTHONPATH", "")))
+    first = () if libraries is None else (str(libraries),)
+    environment["PYTHONPATH"] = os.pathsep.join((*first, str(FOLDER.parent), environment.get("PYTHONPATH", "")))
     command = [sys.executable, str(FOLDER / "rebuilt.py"), *arguments]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -112,11 +118,12 @@ def _row(fields: dict[str, str]) -> Row:
     )
 
 
-def _key(argument: str, harness: str) -> str:
+def _key(argument: str, harness: str, libraries: Path | None) -> str:
     content = hashlib.sha256(argument.encode())
     code = sorted((FOLDER.parent / "edgepeft").rglob("*.py")) if harness == "reality" else CODE
     for path in (*code, FOLDER / f"{harness}.py"):
         content.update(path.read_bytes())
     for name in ("torch", "transformers", "peft", "bitsandbytes"):
-        content.update(importlib.metadata.version(name).encode())
+        where = {} if libraries is None else {"path": [str(libraries), *sys.path]}
+        content.update(next(iter(importlib.metadata.distributions(name=name, **where))).version.encode())
     return content.hexdigest()
