@@ -272,7 +272,7 @@ def _step(bench: Bench, row: Row) -> TrainingStep:
         step = TrainingStep(
             made.model,
             stage.optimizer(made.model, 1e-5, 0.0),
-            clip_norm=1.0 if stage.clips and not method.updates_in_backward else None,
+            clip_norm=1.0 if not (stage.measures or method.updates_in_backward) else None,
             penalty=method.penalty,
             after_update=method.after_update,
         )

@@ -27,10 +27,14 @@ class Change:
 
 
 def training(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What training took, of ``ledger.Row.stages``: the largest stage's parameters and peak, and the speed of all."""
+    """What training took, of ``ledger.Row.stages``: the last stage's parameters, which an adapter holds, and the most
+    that an earlier one trained, where that is more; the largest peak, and the speed of all.
+    """
     seconds = sum(stage["seconds"] for stage in stages)
+    last, most = stages[-1]["trained"], max(stage["trained"] for stage in stages)
     return {
-        "trained_parameters": max(stage["trained"] for stage in stages),
+        "trained_parameters": last,
+        **({"trained_parameters_at_most": most} if most > last else {}),
         "training_peak_bytes": max(stage["peak_bytes"] for stage in stages),
         "training_tokens_per_second": sum(stage["tokens"] for stage in stages) / max(seconds, 1e-9),
     }

@@ -21,12 +21,14 @@ class Row:
         tokens_per_second: generated after that.
         deviation: largest difference of logits from the artefact before, relative to the largest logit.
         same_tokens: share of greedily generated tokens equal to that artefact's.
-        counts: what the survey's guidelines ask for. Of an adapter ``trained_parameters`` of the largest stage,
-            ``training_peak_bytes`` and ``training_tokens_per_second``; of a merged model ``changed_parameters``,
+        counts: what the survey's guidelines ask for. Of an adapter ``trained_parameters`` of the last stage (and
+            ``trained_parameters_at_most``, where an earlier one trained more), ``training_peak_bytes`` and
+            ``training_tokens_per_second``; of a merged model ``changed_parameters``,
             ``rank_of_change`` (the largest of any matrix, up to ``counts.MOST``), and tokens read a second in torch,
             ``tokens_per_second_unmerged`` and ``tokens_per_second_merged``. An adapter that does not merge has
             ``changed_parameters`` (what it adds), ``tokens_per_second_unmerged`` and ``tokens_per_second_backbone``.
-        stages: of an adapter, what each part of its training took: ``name``, parameters ``trained``, ``updates``,
+        stages: of an adapter, what each part of its training took: ``name``, parameters ``trained`` (none where a
+            stage only measures), ``updates``,
             ``peak_bytes``, ``seconds``, ``tokens``, ``tokens_per_second``.
         kept: whether later artefacts are made from this one, or it goes to the device.
     """

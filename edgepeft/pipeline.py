@@ -146,7 +146,10 @@ class _Job:
         torch.manual_seed(self.recipe.seed)
         base.apply(method, plain)
         trainable = sum(parameter.numel() for parameter in adapter.trained(plain.model).values())
-        self.say(f"train: {trainable:,} parameters by {method.name}")
+        first, *others = method.stages()
+        does = "measured" if first.measures else "trained"
+        where = f", first of all in {first.name}" if others else ""
+        self.say(f"train: {trainable:,} parameters {does} by {method.name}{where}")
         done = training.train(self.recipe, plain, method, self.data, self.space.root, start=self._start(trainable))
         ledger.record(
             self.space.ledger,

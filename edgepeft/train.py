@@ -221,7 +221,7 @@ class _Run:
     def _step_of_leg(self) -> TrainingStep:
         """The training step of the current leg, whose stage has begun."""
         stage = self.legs[self.leg].stage
-        clips = stage.clips and not self.method.updates_in_backward
+        clips = not (stage.measures or self.method.updates_in_backward)
         return TrainingStep(
             self.model,
             stage.made(self.model, self.rate, self.recipe.weight_decay, self.recipe.optimizer or ADAMW),
@@ -268,10 +268,10 @@ class _Run:
         }
 
     def _begin_accounts(self) -> None:
-        trained = sum(parameter.numel() for parameter in self.step.trained)
-        name = self.legs[self.leg].stage.name
+        stage = self.legs[self.leg].stage
+        trained = 0 if stage.measures else sum(parameter.numel() for parameter in self.step.trained)
         self.progress.stages.append(
-            {"name": name, "trained": trained, "updates": 0, "peak_bytes": 0, "seconds": 0.0, "tokens": 0}
+            {"name": stage.name, "trained": trained, "updates": 0, "peak_bytes": 0, "seconds": 0.0, "tokens": 0}
         )
 
     def _update(
@@ -312,7 +312,7 @@ class _Run:
     def _is_evaluated(self) -> bool:
         """Whether the update just made is followed by an evaluation; none is in a stage that only measures."""
         leg = self.legs[self.leg]
-        if leg.stage.updates is not None and leg.last < self.total:
+        if leg.stage.measures:
             return False
         return (self.progress.step - leg.first + 1) % self.interval == 0 or self.progress.step == leg.last
 

@@ -73,13 +73,15 @@ def test_what_stays_beside_the_backbone_is_counted_whole() -> None:
     assert counts.beside(plain, fresh) == beside, "the head is as it was"
 
 
-def test_training_is_counted_by_its_largest_stage_and_over_all_of_its_time() -> None:
+def test_training_is_counted_by_its_last_stage_and_over_all_of_its_time() -> None:
     stages = [
         {"trained": 100, "peak_bytes": 5, "seconds": 1.0, "tokens": 30},
         {"trained": 7, "peak_bytes": 9, "seconds": 2.0, "tokens": 30},
     ]
     assert counts.training(stages) == {
-        "trained_parameters": 100,
+        "trained_parameters": 7,
+        "trained_parameters_at_most": 100,
         "training_peak_bytes": 9,
         "training_tokens_per_second": 20.0,
     }
+    assert "trained_parameters_at_most" not in counts.training([{**stages[0], "trained": 0}, stages[1]])

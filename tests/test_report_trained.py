@@ -11,7 +11,7 @@ from edgepeft.files import write_text
 from edgepeft.ledger import Row
 
 STAGES: list[dict[str, Any]] = [
-    {"name": "fisher", "trained": 1_234_567, "updates": 16, "peak_bytes": 300 * 2**20, "seconds": 4.0, "tokens": 4000},
+    {"name": "gates", "trained": 1_234_567, "updates": 16, "peak_bytes": 300 * 2**20, "seconds": 4.0, "tokens": 4000},
     {"name": "sparse", "trained": 6_172, "updates": 90, "peak_bytes": 200 * 2**20, "seconds": 30.0, "tokens": 60_000},
 ]
 
@@ -25,7 +25,7 @@ def page(run: Path, stages: list[dict[str, Any]]) -> str:
 
 def test_each_stage_has_a_row(tmp_path: Path) -> None:
     text = page(tmp_path / "run", STAGES)
-    for said in ("fisher", "1,234,567", "300 MiB", "1,000", "sparse", "6,172", "200 MiB", "2,000"):
+    for said in ("gates", "1,234,567", "300 MiB", "1,000", "sparse", "6,172", "200 MiB", "2,000"):
         assert said in text
 
 
@@ -34,7 +34,7 @@ def test_one_stage_needs_no_table(tmp_path: Path) -> None:
 
 
 def test_counts_are_shown_in_their_units(tmp_path: Path) -> None:
-    counts = {"trained_parameters": 1_234_567.0, "training_peak_bytes": 300.0 * 2**20}
+    counts = {"trained_parameters": 6_172.0, "training_peak_bytes": 300.0 * 2**20}
     ledger.record(tmp_path / "run" / "ledger.json", Row(artefact="adapter", counts=counts, stages=STAGES))
     text = page(tmp_path / "run", STAGES)
-    assert "trained parameters: 1,234,567; training peak: 300 MiB." in text
+    assert "trained parameters: 6,172; training peak: 300 MiB." in text

@@ -74,7 +74,7 @@ class Stage:
         updates: a number of updates on top of the run's, instead of a share. A last stage of none changes, once
             training is over, what the adapter holds.
         one_by_one: every update sees a single example.
-        clips: gradients are clipped to the recipe's norm; not where they are measured.
+        measures: its updates take note of gradients, which are not clipped, and change nothing.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Stage:
     share: float = 1.0
     updates: int | None = None
     one_by_one: bool = False
-    clips: bool = True
+    measures: bool = False
 
     def made(self, model: nn.Module, lr: float, weight_decay: float, kind: str) -> torch.optim.Optimizer:
         """The stage's optimizer; its AdamW as the recipe wants it, one of ``surface.OPTIMIZERS``.

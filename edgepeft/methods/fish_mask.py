@@ -47,7 +47,7 @@ class FishMask(Method):
         model.add_module(CHILD, _Fisher(model, names))
 
     def stages(self) -> tuple[Stage, ...]:
-        measuring = Stage(name="fisher", optimizer=_Squares, updates=self.examples, one_by_one=True, clips=False)
+        measuring = Stage(name="fisher", optimizer=_Squares, updates=self.examples, one_by_one=True, measures=True)
         return measuring, Stage(name="sparse", optimizer=self.optimizer, begin=self._mask)
 
     def merge(self, model: nn.Module) -> None:

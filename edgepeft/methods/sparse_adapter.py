@@ -84,7 +84,9 @@ class SparseAdapter(Method):
         train = Stage(name="train", optimizer=self.optimizer)
         if self.score != "snip":
             return (train,)
-        watch = Stage(name="score", optimizer=lambda model, lr, weight_decay: Sensitivity(model), updates=1)
+        watch = Stage(
+            name="score", optimizer=lambda model, lr, weight_decay: Sensitivity(model), updates=1, measures=True
+        )
         return watch, Stage(name="train", optimizer=self.optimizer, begin=self._prune)
 
     def _prune(self, model: nn.Module, anatomy: Anatomy) -> None:
