@@ -24,6 +24,7 @@ FULL: dict[str, Any] = {
     "precision": "nf4",
     "microbatch": 2,
     "checkpointing": False,
+    "optimizer": "adamw-8bit",
     "epochs": 0.5,
     "max_steps": 7,
     "lr": 1e-05,

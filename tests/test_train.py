@@ -27,6 +27,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora-nf4": {"precision": "nf4", "schedule": "linear"},
     "lora-recomputing": {"checkpointing": True},
     "full": {"method": "full", "options": {}},
+    "full-8bit": {"method": "full", "options": {}, "optimizer": "adamw-8bit"},
+    "full-bf16-8bit": {"method": "full", "options": {}, "precision": "bf16", "optimizer": "adamw-8bit"},
     "galore": {"method": "galore", "options": {"rank": 4, "period": 3}, "microbatch": 4},
     "lst-bf16": {"method": "lst", "options": {"reduction": 4}, "precision": "bf16"},
     "ln_tuning-classifier-bf16": {
@@ -270,8 +272,13 @@ def test_every_example_is_seen_once_an_epoch(tmp_path: Path) -> None:
         ({"microbatch": 3}, "A global batch of 4 cannot be made of microbatches of 3", "microbatch=1"),
         ({"method": "galore", "options": {"rank": 4}}, "galore cannot accumulate", "global_batch to the microbatch, 2"),
         (
+            {"method": "galore", "options": {"rank": 4}, "microbatch": 4, "optimizer": "adamw-8bit"},
+            "galore cannot be trained with adamw-8bit",
+            "--method full",
+        ),
+        (
             {"method": "lst", "options": {"reduction": 4}, "checkpointing": True},
-            "lst gains nothing",
+            "lst is not trained with checkpointing",
             "checkpointing=false",
         ),
     ],
