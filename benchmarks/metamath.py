@@ -44,9 +44,11 @@ def trace(setup: dict[str, Any], layers: int | None) -> Tracker:
             the phases), and whether it is ``evaluated``.
     """
     experiment = EXPERIMENTS[setup["experiment"]]
-    steps: dict[str, tuple[int, ...]] = {"short": (SHORT,), **{str(each): (each, SHORT) for each in setup["tokens"]}}
+    steps: list[tuple[str, tuple[int, ...]]] = [("short", (SHORT,))]
+    for tokens in setup["tokens"]:
+        steps += [(str(tokens), (tokens,)), (f"after {tokens}", (SHORT,))]
     if setup["evaluated"]:
-        steps["before"] = BEFORE
+        steps.append(("before", BEFORE))
     with fake_device(cuda=L40S) as tracker, hf.patched(padded=True), answers.given():
         with tracker.phase("load"):
             model = hf.load(hf.config(MODEL, layers), torch.bfloat16)
@@ -57,7 +59,7 @@ def trace(setup: dict[str, Any], layers: int | None) -> Tracker:
                 with model.disable_adapter():
                     pass
         outputs = loss = batch = None
-        for name, lengths in steps.items():
+        for name, lengths in steps:
             with tracker.phase(name):
                 model.train()
                 for tokens in lengths:
