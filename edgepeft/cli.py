@@ -183,15 +183,22 @@ def adapter(
     source: Annotated[Path, typer.Argument(help="A run, an adapter of edgepeft's, or one of HF PEFT's.")],
     target: Annotated[Path, typer.Argument(help="The folder to write.")],
     model: Annotated[str | None, typer.Option("--model", help="The backbone, if it is not where PEFT's says.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Make the target a run, which is measured on this data from there on.")
+    ] = None,
 ) -> None:
-    """Write an adapter in HF PEFT's format, or one of PEFT's in edgepeft's."""
-    from edgepeft import interop, tables
+    """Write an adapter in HF PEFT's format, or one of PEFT's in edgepeft's (with --data, a run to merge and export)."""
+    from edgepeft import bring, interop, tables
 
     if target.exists():
         raise UsageError(f"{target} is already there.", "Nothing in it was touched.", "Choose another folder.")
-    for note in interop.convert(source, target, model):
+    if data is None:
+        notes = interop.convert(source, target, model)
+    else:
+        notes = bring.begin(source, target, data=data, model=model)
+        notes += (f"Merge it with `edgepeft merge {target}`; `edgepeft export {target}` also exports it.",)
+    for note in (*notes, f"adapter: {target}"):
         tables.say(note)
-    tables.say(f"adapter: {target}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

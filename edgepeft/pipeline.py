@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from edgepeft import adapter, backbone, counts, data, deploy, ledger, plan, probe, report, schedule
+from edgepeft import adapter, backbone, bring, counts, data, deploy, ledger, plan, probe, report, schedule
 from edgepeft import merge as merging
 from edgepeft import recipe as recipes
 from edgepeft import train as training
@@ -125,6 +125,10 @@ class _Job:
         if self.space.done("train", inputs):
             self.say("train: done before")
             return
+        if bring.is_here(self.space):
+            self._measure_brought()
+            self.space.finish("train", inputs)
+            return
         if (self.space.root / "checkpoints").exists() and not self.space.done("training", inputs):
             raise UsageError(
                 f"What the run in {self.space.root} began with has changed: "
@@ -136,10 +140,7 @@ class _Job:
         schedule.check(self.recipe, method)
         self.space.finish("training", inputs)
         plain = self._load(self._needs("precision"))
-        if ledger.find(self.space.ledger, "base") is None:
-            self.say("base: measuring the model as it is")
-            batches = training.validation_batches(self.data, self.recipe)
-            ledger.record(self.space.ledger, Row(artefact="base", metrics=evaluate(plain.model, batches), kept=False))
+        self._measure_base(plain)
         if method.packs_its_own:
             del plain
             plain = self._load(self._needs("precision"), method.pack)
@@ -148,7 +149,7 @@ class _Job:
         trainable = sum(parameter.numel() for parameter in adapter.trained(plain.model).values())
         first, *others = method.stages()
         does = "measured" if first.measures else "trained"
-        where = f", first of all in {first.name}" if others else ""
+        where = f" in its first stage, {first.name}" if others else ""
         self.say(f"train: {trainable:,} parameters {does} by {method.name}{where}")
         done = training.train(self.recipe, plain, method, self.data, self.space.root, start=self._start(trainable))
         ledger.record(
@@ -165,6 +166,24 @@ class _Job:
         self.say(f"train: {_shown(done.metrics)}")
         del plain
         gc.collect()
+
+    def _measure_base(self, plain: Backbone) -> None:
+        if ledger.find(self.space.ledger, "base") is None:
+            self.say("base: measuring the model as it is")
+            batches = training.validation_batches(self.data, self.recipe)
+            ledger.record(self.space.ledger, Row(artefact="base", metrics=evaluate(plain.model, batches), kept=False))
+
+    def _measure_brought(self) -> None:
+        """Backbone and adapter, where the adapter was trained elsewhere."""
+        self._after_training()
+        if self.data.labels and (note := bring.check_labels(self.space, self.data)):
+            self.say(note)
+        self._measure_base(self._load(self._needs("precision")))
+        found = evaluate(
+            self._trained(self._needs("precision")).model, training.validation_batches(self.data, self.recipe)
+        )
+        ledger.record(self.space.ledger, Row(artefact="adapter", metrics=found, bytes=size_bytes(self.space.adapter)))
+        self.say(f"adapter: trained elsewhere; {_shown(found)}")
 
     def merge(self) -> None:
         """Merge into a Hugging Face folder, if the method merges."""
@@ -196,7 +215,8 @@ class _Job:
             return
         rows[-1] = dataclasses.replace(rows[-1], counts={**rows[-1].counts, **self._changed(method, rows[-1])})
         ledger.record(self.space.ledger, *rows)
-        write_json(self.space.plan, {**self._planned(), "measured_phases": held})
+        if self.space.plan.exists():  # of an adapter that was trained elsewhere, nothing was planned
+            write_json(self.space.plan, {**self._planned(), "measured_phases": held})
         self.space.finish("merge", inputs)
         for row in rows:
             self.say(f"merge: {row.artefact}: {_shown(row.metrics)}{'' if row.kept else ' (not kept)'}")

@@ -95,7 +95,8 @@ class Workspace:
         chosen = ("task", "max_tokens", "method", "precision", "microbatch", "checkpointing", "optimizer")
         asked |= {name: getattr(stored, name) for name in chosen if asked[name] is None}
         merged = Recipe(**asked)
-        differing = [name for name in asked if name not in _FREE and getattr(stored, name) != getattr(merged, name)]
+        open_ = {*_FREE, *(name for name in chosen if getattr(stored, name) is None)}
+        differing = [name for name in asked if name not in open_ and getattr(stored, name) != getattr(merged, name)]
         if differing:
             name = differing[0]
             raise UsageError(

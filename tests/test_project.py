@@ -38,7 +38,7 @@ FLOORS = (
         "ledger",
     },
     {"workspace", "train", "merge", "export"},
-    {"probe", "inferplan", "deploy", "report", "sharding"},
+    {"bring", "probe", "inferplan", "deploy", "report", "sharding"},
     {"replay"},
     {"extrapolate", "measure"},
     {"traces"},

@@ -13,7 +13,7 @@ from edgepeft.report.rundir import Run
 def training_section(run: Run) -> Html:
     """Facts of the training, the loss curve with the evaluations on it, and one curve for each other metric."""
     if not run.events:
-        return tag("p", "There is no events.jsonl: training has not started.", class_="absent")
+        return tag("p", "There is no events.jsonl: nothing was trained here.", class_="absent")
     loss = run.series("step", "loss")
     names = dict.fromkeys(name for e in run.events if e["event"] == "evaluation" for name in e.get("metrics", {}))
     metrics = {name: run.series("evaluation", "metrics", name) for name in names}
