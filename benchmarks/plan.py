@@ -1,7 +1,7 @@
 """The planner against reality: other people's GPU runs traced again with their own harness, and our step on this CPU.
 
 Usage: ``pip install --no-deps --target FOLDER peft==0.20.0``, then
-``python benchmarks/plan.py --peft FOLDER [--part t4|metamath|cpu]``. What was traced before is cached; all parts
+``python benchmarks/plan.py --peft FOLDER [--part t4|metamath|looser|cpu]``. What was traced before is cached; all parts
 together are written to ``benchmarks/results/plan.md``.
 """
 
@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import looser
 import rows
 from edgepeft.files import write_text
 
@@ -32,29 +33,15 @@ HEADER = (
     "| --- | --- | --- | --- | --- | --- | --- | --- |",
 )
 
-EXCLUDED = (
-    ("MetaMathQA rows of transformers 4.52 to 5.12 (superseded)", "other versions of transformers than the one here"),
-    ("image generation with FLUX.2 (peft)", "needs diffusers and a model that the catalogue does not have"),
-    (
-        "torchtune, litgpt, torchao",
-        "their own model code, torch.compile or sequence lengths of a data set: not rebuilt",
-    ),
-    ("fsdp_qlora", "two GPUs, FSDP"),
-    (
-        "LLaMA-Factory, Unsloth, odyn, qlora",
-        "rounded to a GB, budgets or minima instead of peaks, set-ups not complete",
-    ),
-    ("xw-yao/peft_comparison", "evaluation only, lengths of the data sets not recorded"),
-    ("LST, GaLore", "padding of the targets (LST) and sequence length (GaLore) not recorded"),
-)
-
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--part", choices=("t4", "metamath", "cpu"), help="only this part; nothing is written")
+    parser.add_argument(
+        "--part", choices=("t4", "metamath", "looser", "cpu"), help="only this part; nothing is written"
+    )
     parser.add_argument("--peft", type=Path, required=True, help="the folder with peft as the MetaMathQA runs had it")
     given = parser.parse_args(argv)
-    parts = {"t4": t4, "metamath": lambda: metamath(given.peft), "cpu": cpu}
+    parts = {"t4": t4, "metamath": lambda: metamath(given.peft), "looser": looser.section, "cpu": cpu}
     text = "".join(part() for name, part in parts.items() if given.part in (None, name))
     if given.part is None:  # part C is written by hand: its rows are processes of their own
         by_hand = "".join(RESULTS.read_text(encoding="utf-8").partition("\n## C. ")[1:])
@@ -119,8 +106,7 @@ def metamath(peft: Path) -> str:
             for row, error, less, more in zip(found, here, low, high, strict=True)
         ),
         _LENGTH,
-        "\nNot rebuilt, and why:\n",
-        *(f"- {name}: {why}." for name, why in EXCLUDED),
+        looser.superseded({name: _most(phases, LONGEST) for name, phases in whole.items()}),
     ]
     return "\n".join(lines) + "\n"
 
