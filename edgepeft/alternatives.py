@@ -8,8 +8,10 @@ from dataclasses import fields
 from typing import Any
 
 from edgepeft import hardware, recipe
+from edgepeft.candidate import needed_bytes
 from edgepeft.errors import UsageError
-from edgepeft.plan import GiB, Plan, needed_bytes
+from edgepeft.plan import GiB, Plan
+from edgepeft.surface import ADAMW
 
 SHORTEST = 32  # tokens: shorter sequences are not proposed
 SMALLEST = "nf4"
@@ -124,4 +126,5 @@ def _planned(again: Again, **changes: Any) -> Plan | None:
 
 def _chosen(found: Plan) -> str:
     chosen = found.chosen()
-    return f"{chosen.precision} ({chosen.process_bytes / GiB:.1f} GiB)"
+    lighter = "" if chosen.optimizer == ADAMW else f" --optimizer {chosen.optimizer}"
+    return f"{chosen.precision}{lighter} ({chosen.process_bytes / GiB:.1f} GiB)"

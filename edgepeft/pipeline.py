@@ -17,6 +17,7 @@ from edgepeft import merge as merging
 from edgepeft import recipe as recipes
 from edgepeft import train as training
 from edgepeft.backbone import Backbone, Source
+from edgepeft.candidate import usable_microbatch
 from edgepeft.data.tokens import pad_id
 from edgepeft.errors import UsageError
 from edgepeft.evaluate import evaluate
@@ -25,8 +26,10 @@ from edgepeft.hardware import Hardware
 from edgepeft.hardware import load as load_hardware
 from edgepeft.ledger import Row
 from edgepeft.methods import base
+from edgepeft.placements import eight_bit
 from edgepeft.plan import Plan
 from edgepeft.recipe import Recipe
+from edgepeft.surface import EIGHT_BIT
 from edgepeft.workspace import Workspace, fingerprint
 
 STAGES = ("plan", "train", "merge", "export")
@@ -62,6 +65,8 @@ class _Job:
         self.space, self.say = Workspace(out), say
         self.hardware = _usable(load_hardware(wanted.hardware))
         wanted = self.space.adopt(_with_alias(wanted))
+        if wanted.optimizer == EIGHT_BIT:
+            eight_bit.check(self.hardware.kind)
         self.source: Source = backbone.resolve(wanted.model)
         self.config = backbone.config(self.source, trust_remote_code=wanted.trust_remote_code)
         self.tokenizer = backbone.tokenizer(self.source, trust_remote_code=wanted.trust_remote_code)
@@ -72,6 +77,8 @@ class _Job:
                 method.check(self.recipe.precision)
             if self.recipe.checkpointing:
                 method.check_checkpointing()
+            if self.recipe.optimizer is not None:
+                method.check_optimizer(self.recipe.optimizer)
             if self.recipe.microbatch is not None:
                 schedule.check(self.recipe, method)
             if until == "export":
@@ -103,7 +110,7 @@ class _Job:
         method = base.find(chosen.method)
         size = recipe.microbatch
         if size is None:
-            size = plan.usable_microbatch(chosen.microbatch, recipe.global_batch)
+            size = usable_microbatch(chosen.microbatch, recipe.global_batch)
         if method.updates_in_backward and recipe.microbatch is None and size != recipe.global_batch:
             schedule.check(dataclasses.replace(recipe, microbatch=size), base.create(chosen.method, recipe.options))
         self.recipe = dataclasses.replace(
@@ -112,6 +119,7 @@ class _Job:
             precision=chosen.precision,
             microbatch=size,
             checkpointing=chosen.checkpointing,
+            optimizer=chosen.optimizer,
         )
         exact = self._plan(self.recipe, size, accumulates=size != recipe.global_batch).chosen()
         predicted = {"predicted_peak_bytes": exact.step_bytes, "predicted_phases": exact.phases, "bytes": exact.bytes}
@@ -298,6 +306,7 @@ class _Job:
             options=recipe.options if recipe.method else None,
             precisions=[recipe.precision] if recipe.precision else None,
             checkpointing=recipe.checkpointing,
+            optimizer=recipe.optimizer,
             microbatch=microbatch,
             accumulates=accumulates,
             first=True,
@@ -305,6 +314,7 @@ class _Job:
 
     def _choice(self) -> str:
         again = ", checkpointed" if self.recipe.checkpointing else ""
+        again += f", {EIGHT_BIT}" if self.recipe.optimizer == EIGHT_BIT else ""
         return f"{self.recipe.method} on {self.recipe.precision}, microbatch {self.recipe.microbatch}{again}"
 
     def _start(self, trainable: int) -> dict[str, Any]:

@@ -1,23 +1,24 @@
-"""Search precision × method × checkpointing × microbatch for what fits a device, and choose."""
+"""Search precision × method × optimizer × checkpointing × microbatch for what fits a device, and choose."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from edgepeft import candidate as on_device
 from edgepeft import evidence, roofline, traces
 from edgepeft import hardware as profiles
+from edgepeft.candidate import Candidate, needed_bytes
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.hardware import Hardware
-from edgepeft.surface import TRAINING, WORKING, Configuration, Surface
+from edgepeft.surface import ADAMW, EIGHT_BIT, Configuration, Surface
 
 GiB = 2**30
-LARGEST_MICROBATCH = 1024
 COMFORTABLE = 4  # examples: below this a configuration is chosen only when nothing else fits
-CPU_PROCESS_BYTES = 540 << 20  # measured: 505 MiB of imports, 35 MiB of kernels' code and scratch
-HEAP = 1.3  # an allowance: glibc kept 18 to 36 % beyond tensors in what was measured (benchmarks/results/plan.md)
+SAVED = 0.75  # of an optimizer's states, by 8 bits for each number: of fp32 ones; of bf16 ones it is half
+WORTH = 0.05  # of what a configuration takes; if 8 bits save less they are not tried
 
 TIMES = (
     "Times are estimated from what each class of operators computes and moves, for sequences at full length; "
@@ -28,7 +29,6 @@ APART = (
     "Sending between devices is not in them, and networks differ: several devices take longer. The plan covers several "
     "devices; `edgepeft run` trains on one so far."
 )
-TIGHT = 0.93  # a larger share of what is available is called tight: runs on NF4 took up to 6.4 % more than predicted
 PACKED = ("int8", "nf4")
 PRECISIONS = ("fp32", "bf16", *PACKED)
 
@@ -36,42 +36,6 @@ PRECISIONS = ("fp32", "bf16", *PACKED)
 # table 5) LoRA on all linears and Houlsby adapters were best on average, LN tuning close for far fewer parameters. LST
 # and GaLore are not in that table: they stand by how little memory they need.
 PREFERRED = ("lora", "houlsby", "ln_tuning", "lst", "galore", "full")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One configuration: the largest microbatch that fits, or microbatch 1 when none does, and its peak.
-
-    Attributes:
-        verdict: FITS, TIGHT (into the margin) or NO.
-        peak_bytes: of tensors, in the phase that needs most; ``phase`` says which. ``bytes`` is it by kind.
-        reserved_bytes: what the allocator holds for them; ``process_bytes``: with what the process needs besides.
-        phases: every phase → bytes of tensors at its peak; those after training are ``merge``.
-        update_seconds: estimated time of an update of the global batch, all sequences at full length; None where it
-            does not fit. ``tokens_per_second``: the (source) tokens that go through it meanwhile.
-    """
-
-    method: str
-    precision: str
-    microbatch: int
-    checkpointing: bool
-    fits: bool
-    verdict: str
-    peak_bytes: int
-    reserved_bytes: int
-    process_bytes: int
-    phase: str
-    bytes: Mapping[str, int]
-    phases: Mapping[str, int]
-    update_seconds: float | None = None
-    tokens_per_second: float | None = None
-    strategy: str = ""
-    """How several devices share the work: ddp or fsdp; nothing on one. All numbers but the speed are one device's."""
-
-    @property
-    def step_bytes(self) -> int:
-        """The peak of the training steps alone: what a run measures."""
-        return max(size for name, size in self.phases.items() if name.endswith(("forward+backward", "update")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,16 +121,6 @@ class Plan:
         return {**vars(candidate), "job": None if job is None else vars(job)}
 
 
-def needed_bytes(reserved_bytes: int, hardware: Hardware) -> int:
-    """Memory a process needs in which the allocator holds this much for tensors."""
-    return round(reserved_bytes * HEAP) + CPU_PROCESS_BYTES if hardware.kind == "cpu" else reserved_bytes
-
-
-def counted(hardware: Hardware) -> Sequence[str]:
-    """The phases that must fit the device: all of them on a CPU; on a GPU, merging may be left to the host."""
-    return TRAINING if hardware.kind == "cuda" else (*TRAINING, "merge")
-
-
 def plan(
     *,
     name: str,
@@ -181,6 +135,7 @@ def plan(
     options: Mapping[str, Any] | None = None,
     precisions: Sequence[str] | None = None,
     checkpointing: bool | None = None,
+    optimizer: str | None = None,
     microbatch: int | None = None,
     accumulates: bool = True,
     first: bool = False,
@@ -197,6 +152,7 @@ def plan(
         name: how the user calls the model; ``model``: its configuration as plain data.
         tokens: longest sequence; ``target_tokens``: longest target (seq2seq).
         methods, precisions, checkpointing, microbatch: narrow the search to these.
+        optimizer: one of ``surface.OPTIMIZERS``; AdamW when not given, in 8 bits where nothing else fits well.
         accumulates: whether an update may take several microbatches.
         first: trace in the order of preference and stop at the first that fits comfortably: the same choice, sooner.
         sparing: trace each method in one precision after the other, and in none after one that fits comfortably.
@@ -221,14 +177,16 @@ def plan(
             accumulates=accumulates,
             cuda=hardware.kind == "cuda",
             bf16=hardware.bf16,
+            optimizer=optimizer or ADAMW,
         )
         for method in (methods or PREFERRED)
         for at in (precisions or default_precisions(hardware))
         if not (traces.traits(method).writes_backbone and at in PACKED)
         for again in ([checkpointing] if checkpointing is not None else [False, True])
         if not again or traces.traits(method).backpropagates
+        if optimizer in (None, ADAMW) or not traces.traits(method).updates_in_backward
     ]
-    if not wanted:  # the precision or the checkpointing that was asked for is one the method refuses
+    if not wanted:  # the precision, the checkpointing or the optimizer that was asked for is one the method refuses
         from edgepeft.methods import base
 
         for method in methods or ():
@@ -236,28 +194,41 @@ def plan(
                 base.create(method, options).check(at)
             if checkpointing:
                 base.create(method, options).check_checkpointing()
+            if optimizer is not None:
+                base.create(method, options).check_optimizer(optimizer)
         raise UsageError("There is nothing to plan.", "No method and precision of those asked for go together.", "")
     wanted.sort(key=lambda configuration: _preference(configuration, hardware))
     candidates: list[Candidate] = []
     excluded: dict[str, str] = {}
     refused: EdgePeftError | None = None
     settled: set[str] = set()
-    for part in [[configuration] for configuration in wanted] if first else _rounds(wanted, sparing, objective):
-        part = [configuration for configuration in part if configuration.method not in settled]
-        for configuration, traced in zip(part, traces.find(part, progress), strict=True):
-            if isinstance(traced, EdgePeftError):
-                refused = refused or traced  # of the precision that is wanted most
-                excluded.setdefault(configuration.method, traced.fact)
-            elif devices > 1 and traces.traits(configuration.method).updates_in_backward:
-                excluded[configuration.method] = "It updates inside backward, before the devices share gradients."
-            else:
-                candidates += [
-                    _candidate(configuration, surface, hardware, microbatch, global_batch // devices, devices, strategy)
-                    for strategy, surface in _shared(configuration, traced, devices)
-                ]
-        settled = {each.method for each in candidates if each.fits and _comfortable(each, global_batch)}
-        if first and settled:
-            break  # all others rank behind it
+
+    def consider(rounds: Sequence[Sequence[Configuration]]) -> None:
+        nonlocal refused, settled
+        for part in rounds:
+            part = [configuration for configuration in part if configuration.method not in settled]
+            for configuration, traced in zip(part, traces.find(part, progress), strict=True):
+                if isinstance(traced, EdgePeftError):
+                    refused = refused or traced  # of the precision that is wanted most
+                    excluded.setdefault(configuration.method, traced.fact)
+                elif devices > 1 and traces.traits(configuration.method).updates_in_backward:
+                    excluded[configuration.method] = "It updates inside backward, before the devices share gradients."
+                else:
+                    shares = (hardware, microbatch, global_batch // devices, devices)
+                    candidates.extend(
+                        on_device.of(configuration, surface, *shares, strategy)
+                        for strategy, surface in _shared(configuration, traced, devices)
+                    )
+            settled = {each.method for each in candidates if _comfortable(each, global_batch)}
+            if first and settled:
+                return  # all others rank behind it
+
+    consider([[configuration] for configuration in wanted] if first else _rounds(wanted, sparing, objective))
+    if optimizer is None and (not settled or (objective == "memory" and methods and not sparing)):
+        settled = set()
+        gaining = [each for each in wanted if _gains(each, candidates, hardware, microbatch)]
+        lighter = [replace(each, optimizer=EIGHT_BIT) for each in gaining]
+        consider([[each] for each in lighter] if first else [lighter])
     if not candidates and refused is not None:
         raise refused
     for method in {each.method for each in candidates}:  # refused on other precisions only
@@ -293,11 +264,6 @@ def default_precisions(hardware: Hardware) -> list[str]:
     return ["bf16" if hardware.bf16 else "fp32", *PACKED]
 
 
-def usable_microbatch(largest: int, global_batch: int) -> int:
-    """The largest divisor of the global batch that is not larger than ``largest``."""
-    return max(size for size in range(1, min(largest, global_batch) + 1) if global_batch % size == 0)
-
-
 def _shared(configuration: Configuration, traced: Surface, devices: int) -> list[tuple[str, Surface]]:
     """The surface of one of several devices, by the way in which they share the work."""
     if devices == 1:
@@ -307,64 +273,6 @@ def _shared(configuration: Configuration, traced: Surface, devices: int) -> list
     found = sharding.of(configuration, devices)
     ways = [(sharding.DDP, sharding.replicated(traced, found))]
     return [*ways, (sharding.FSDP, sharding.sharded(traced, found))] if found.divisible else ways
-
-
-def _candidate(
-    configuration: Configuration,
-    traced: Surface,
-    hardware: Hardware,
-    fixed: int | None,
-    global_batch: int,
-    devices: int,
-    strategy: str,
-) -> Candidate:
-    """The candidate of one device, which has ``global_batch`` examples of an update to itself."""
-    only = counted(hardware)
-
-    def need(size: int) -> int:
-        return needed_bytes(traced.reserved_bytes(size, only), hardware)
-
-    def largest(limit: float) -> int:
-        low, high = 0, LARGEST_MICROBATCH  # the largest that fits is in [low, high]; 0 always does
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if need(middle) <= limit else (low, middle - 1)
-        return low
-
-    # Room is left if any microbatch allows it; else the margin is used, and the verdict says so.
-    size = fixed or largest(hardware.available_bytes * TIGHT) or largest(hardware.available_bytes) or 1
-    process = need(size)
-    verdict = "NO" if process > hardware.available_bytes else "FITS"
-    if verdict == "FITS" and process > hardware.available_bytes * TIGHT:
-        verdict = "TIGHT"
-    phase, kinds = traced.at(size, only)
-    peak = sum(kinds.values())
-    seconds = None if verdict == "NO" else _update_seconds(traced, hardware, size, global_batch)
-    return Candidate(
-        method=configuration.method,
-        precision=configuration.precision,
-        microbatch=size,
-        checkpointing=configuration.checkpointing,
-        fits=verdict != "NO",
-        verdict=verdict,
-        peak_bytes=peak,
-        reserved_bytes=traced.reserved_bytes(size, only),
-        process_bytes=process,
-        phase=phase,
-        bytes=kinds,
-        phases={name: sum(held.values()) for name, held in traced.peaks(size).items()},
-        update_seconds=seconds,
-        tokens_per_second=None if seconds is None else devices * global_batch * configuration.tokens / seconds,
-        strategy=strategy,
-    )
-
-
-def _update_seconds(traced: Surface, hardware: Hardware, largest: int, global_batch: int) -> float | None:
-    if not traced.work:
-        return None
-    size = usable_microbatch(largest, global_batch)
-    microbatch, update = (roofline.seconds(traced.work_at(size)[phase], hardware) for phase in WORKING)
-    return global_batch // size * microbatch + update
 
 
 def _rank(candidate: Candidate, global_batch: int, hardware: Hardware, objective: str) -> tuple[Any, ...]:
@@ -378,14 +286,28 @@ def _rank(candidate: Candidate, global_batch: int, hardware: Hardware, objective
 
 
 def _comfortable(candidate: Candidate, global_batch: int) -> bool:
-    return candidate.microbatch >= min(COMFORTABLE, global_batch)
+    return candidate.verdict == "FITS" and candidate.microbatch >= min(COMFORTABLE, global_batch)
 
 
-def _preference(wanted: Candidate | Configuration, hardware: Hardware) -> tuple[int, int, bool]:
+def _gains(wanted: Configuration, candidates: Sequence[Candidate], hardware: Hardware, fixed: int | None) -> bool:
+    """Whether states in 8 bits would save a good part of what it takes, and enough of it to fit."""
+    if traces.traits(wanted.method).updates_in_backward:
+        return False
+    same = (wanted.method, wanted.precision, wanted.checkpointing)
+    for each in (each for each in candidates if (each.method, each.precision, each.checkpointing) == same):
+        saved = round(SAVED * each.bytes["optimizer"])
+        enough = needed_bytes(each.reserved_bytes - saved, hardware) <= hardware.available_bytes
+        if enough and saved >= WORTH * each.reserved_bytes and not (fixed and each.verdict == "FITS"):
+            return True
+    return False
+
+
+def _preference(wanted: Candidate | Configuration, hardware: Hardware) -> tuple[int, int, bool, bool]:
     order = [*default_precisions(hardware), *PRECISIONS]
     return (
         PREFERRED.index(wanted.method) if wanted.method in PREFERRED else len(PREFERRED),
         order.index(wanted.precision),
+        wanted.optimizer == EIGHT_BIT,
         wanted.checkpointing,
     )
 
@@ -408,6 +330,8 @@ def _why(candidates: Sequence[Candidate], hardware: Hardware, objective: str) ->
     parts = [f"{best.method} {safest} with a microbatch of {best.microbatch}"]
     if best.precision in PACKED:
         parts.append(f"{best.precision} because the weights do not fit well at {default_precisions(hardware)[0]}")
+    if best.optimizer == EIGHT_BIT and any(each.optimizer == ADAMW for each in candidates):
+        parts.append("AdamW's states take 8 bits a number because in full they do not fit well")
     if best.checkpointing:
         parts.append("activations are computed again in backward because keeping them does not fit well")
     if best.strategy == "fsdp":

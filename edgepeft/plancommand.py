@@ -28,6 +28,7 @@ def plan(
         typer.Option(help="A name, a dotted path, or all: every method, in the first precision that fits it well."),
     ] = None,
     precision: flags.Precision = None,
+    optimizer: flags.Optimizer = None,
     seq_len: flags.SeqLen = None,
     target_len: flags.TargetLen = None,
     global_batch: flags.GlobalBatch = None,
@@ -55,6 +56,7 @@ def plan(
         "--html": html,
         "--method": method,
         "--precision": precision,
+        "--optimizer": optimizer,
     }
     training |= {"--target-len": target_len, "--global-batch": global_batch, "--set": settings, "--epochs": epochs}
     training |= {"--examples": examples, "--data": data, "--objective": None if objective == "quality" else objective}
@@ -80,6 +82,7 @@ def plan(
         "task": task,
         "method": method,
         "precision": precision,
+        "optimizer": optimizer,
         "tokens": seq_len,
         "target_tokens": target_len,
         "global_batch": global_batch,

@@ -10,11 +10,13 @@ from typing import Any
 
 from edgepeft import catalog, hardware, traces
 from edgepeft import recipe as recipes
+from edgepeft.candidate import usable_microbatch
 from edgepeft.catalog.fields import positions
 from edgepeft.errors import UsageError, nearest
 from edgepeft.hardware import Hardware
-from edgepeft.plan import PRECISIONS, Plan, plan, usable_microbatch
+from edgepeft.plan import PRECISIONS, Plan, plan
 from edgepeft.recipe import Recipe
+from edgepeft.surface import OPTIMIZERS
 
 DEFAULT_TOKENS, DEFAULT_TARGET_TOKENS, DEFAULT_GLOBAL_BATCH = traces.TOKENS, traces.TARGET_TOKENS, 16
 DEFAULT_EPOCHS = 1.0
@@ -35,6 +37,7 @@ def plan_model(
     global_batch: int | None,
     settings: Sequence[str],
     trust_remote_code: bool,
+    optimizer: str | None = None,
     objective: str = OBJECTIVES[0],
     examples: int | None = None,
     epochs: float | None = None,
@@ -52,6 +55,7 @@ def plan_model(
         method: a name, an alias, a dotted path, or ``all``, each of which is planned in no further precision after
             one that fits well; those of ``plan.PREFERRED``, in all precisions, when not given.
         settings: ``options.NAME=VALUE`` of the method.
+        optimizer: AdamW when not given, and AdamW in 8 bits where nothing else fits well.
         devices: how many of the device share the work.
         first: stop at the first candidate that fits comfortably.
         examples: of the training data; how long the job takes is estimated when it is given.
@@ -59,7 +63,8 @@ def plan_model(
     Raises:
         UsageError: an unknown name, or a sequence longer than the model can read.
     """
-    for value, known in ((precision, PRECISIONS), (task, TASKS), (objective, OBJECTIVES)):
+    choices = ((precision, PRECISIONS), (optimizer, OPTIMIZERS), (task, TASKS), (objective, OBJECTIVES))
+    for value, known in choices:
         if value is not None and value not in known:
             raise UsageError(f"plan: {value!r} is not known here.", "", nearest(value, known))
     counts = {"seq-len": tokens, "target-len": target_tokens, "global-batch": global_batch, "examples": examples}
@@ -95,6 +100,7 @@ def plan_model(
         methods=methods,
         options=values.get("options"),
         precisions=[at] if at else None,
+        optimizer=optimizer,
         objective=objective,
         examples=examples,
         epochs=epochs or DEFAULT_EPOCHS,
@@ -159,6 +165,7 @@ def recipe(
         "method": chosen.method,
         "precision": chosen.precision,
         "checkpointing": chosen.checkpointing,
+        "optimizer": chosen.optimizer,
         "global_batch": global_batch,
         "microbatch": usable_microbatch(chosen.microbatch, global_batch),
         "max_tokens": tokens,

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from edgepeft import evidence
 from edgepeft.report import heatmap, markup
+from edgepeft.surface import ADAMW
 
 if TYPE_CHECKING:  # each command loads what it shows; help and profiles must not wait for torch
     from edgepeft.hardware import Hardware
@@ -169,7 +170,7 @@ def narrow(found: Plan, title: str) -> Table:
         ]
         table.add_row(
             "→" if number == found.choice else each.verdict,
-            each.method,
+            _named(each),
             f"{each.precision}{again}",
             str(each.microbatch),
             f"{each.process_bytes / GiB:.2f}",
@@ -207,7 +208,7 @@ def _wide(found: Plan, title: str) -> Table:
         sizes = [each.process_bytes, each.peak_bytes, *(each.bytes.get(kind, 0) for kind in _KINDS)]
         table.add_row(
             mark,
-            each.method,
+            _named(each),
             each.precision,
             "yes" if each.checkpointing else "",
             *([each.strategy] * (found.devices > 1)),
@@ -254,6 +255,11 @@ def _cell(found: Mapping[str, Any], method: str) -> Text:
     return Text("NO", style="red") if tried else Text("–", style="dim")
 
 
+def _named(each: Candidate) -> str:
+    """Its method, with the optimizer where that is not the usual one."""
+    return each.method if each.optimizer == ADAMW else f"{each.method}, {each.optimizer}"
+
+
 def _times(found: Plan, candidate: Candidate) -> tuple[str, str, str]:
     """Estimates of a candidate: seconds of an update, tokens per second, hours of the job."""
     job = found.job(candidate)
@@ -285,7 +291,7 @@ def markdown(found: Plan) -> str:
         "|---|---|---|---|--:|--:|--:|---|--:|--:|--:|",
     ]
     for number, each in enumerate(found.candidates):
-        cells = [each.verdict + (" (choice)" if number == found.choice else ""), each.method, each.precision]
+        cells = [each.verdict + (" (choice)" if number == found.choice else ""), _named(each), each.precision]
         cells[1] += f" ({each.strategy})" if each.strategy else ""
         cells += ["yes" if each.checkpointing else "", str(each.microbatch)]
         cells += [f"{each.process_bytes / GiB:.2f}", f"{each.peak_bytes / GiB:.2f}", each.phase, *_times(found, each)]

@@ -20,7 +20,7 @@ from edgepeft.catalog import entry, names
 from edgepeft.errors import EdgePeftError
 from edgepeft.files import write_json
 from edgepeft.peft_config import path_of, text_of
-from edgepeft.surface import Configuration, Surface
+from edgepeft.surface import ADAMW, Configuration, Surface
 
 METHODS = "methods.json"
 TOKENS, TARGET_TOKENS, LABELS = 512, 128, 2  # what the shipped surfaces were traced at
@@ -118,6 +118,7 @@ def key(configuration: Configuration) -> str:
             "recomputed" if configuration.checkpointing else "kept",
             "cuda" if configuration.cuda else "cpu",
             "bf16" if configuration.bf16 else "fp32",
+            *([] if configuration.optimizer == ADAMW else [configuration.optimizer]),
         ]
     )
 

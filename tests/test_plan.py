@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
 
-from edgepeft import backbone, extrapolate, hardware, plan, probe, traces
+from edgepeft import backbone, candidate, extrapolate, hardware, plan, probe, traces
 from edgepeft.cross_entropy import CHUNK_BYTES
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.methods import base
@@ -131,6 +131,17 @@ def test_extrapolated_depth_and_microbatch_agree_with_a_full_trace(
             assert sum(extrapolated[phase].values()) == pytest.approx(peak.peak_bytes, rel=0.002)
 
 
+@pytest.mark.parametrize(
+    ("method", "precision"), [("lora", "nf4"), ("lora", "fp32"), ("full", "bf16"), ("fish_mask", "bf16")]
+)
+def test_every_phase_is_extrapolated_where_layers_come_between_what_is_alike(method: str, precision: str) -> None:
+    """Loading and packing, an optimizer's loop over parameters, and what merging keeps: none is one layer's pass."""
+    wanted = configuration(method, precision, model={**DEEP, "vocab_size": 4096}, microbatch=8)
+    found, truth = extrapolate.surface(wanted).peaks(8), probe.record(wanted, whole=True).tracker.peaks()
+    for phase in found.keys() & truth.keys():
+        assert sum(found[phase].values()) == pytest.approx(truth[phase].peak_bytes, rel=0.005), phase
+
+
 def test_groups_of_layers_are_extrapolated_as_groups() -> None:
     """S4's layers are not alike. (At a microbatch of 1 its gradients are taken to be up to 4 % more than they are.)"""
     wanted = configuration("s4", model=DEEP, microbatch=24)
@@ -140,9 +151,9 @@ def test_groups_of_layers_are_extrapolated_as_groups() -> None:
         assert found[phase]["adapter"] == peak.bytes["adapter"]
 
 
-@pytest.mark.parametrize("method", ["attention_fusion", "diff_pruning"])
-def test_what_is_done_around_the_loss_may_grow_with_the_layers(method: str) -> None:
-    wanted = configuration(method, "bf16", microbatch=1)
+@pytest.mark.parametrize(("method", "task"), [("attention_fusion", "classification"), ("diff_pruning", "causal-lm")])
+def test_what_is_done_around_the_loss_may_grow_with_the_layers(method: str, task: str) -> None:
+    wanted = configuration(method, "bf16", microbatch=1, task=task)
     found = extrapolate.surface(wanted).peaks(1)
     for phase, peak in probe.peaks(wanted).items():
         assert sum(found[phase].values()) == pytest.approx(peak.peak_bytes, rel=0.05), phase
@@ -240,8 +251,8 @@ def test_the_microbatch_is_the_largest_that_fits() -> None:
     tight = hardware.Hardware(**{**vars(small), "memory_bytes": small.reserved_bytes + (160 << 20)})
     best = small_plan(hardware=tight).chosen()
     more = small_plan(hardware=tight, microbatch=best.microbatch + 1)
-    assert 1 <= best.microbatch < plan.LARGEST_MICROBATCH
-    assert plan.needed_bytes(best.reserved_bytes, tight) <= tight.available_bytes
+    assert 1 <= best.microbatch < candidate.LARGEST_MICROBATCH
+    assert candidate.needed_bytes(best.reserved_bytes, tight) <= tight.available_bytes
     assert best.verdict == "FITS" and more.candidates[0].verdict == "TIGHT"
     much = small_plan(hardware=tight, microbatch=2 * best.microbatch)
     assert much.candidates[0].verdict == "NO" and much.choice is None
@@ -275,7 +286,7 @@ def test_a_method_that_is_not_for_a_model_is_left_out_with_its_reason() -> None:
 
 
 def test_usable_microbatch_divides_the_global_batch() -> None:
-    assert [plan.usable_microbatch(largest, 12) for largest in (1, 5, 7, 12, 100)] == [1, 4, 6, 12, 12]
+    assert [candidate.usable_microbatch(largest, 12) for largest in (1, 5, 7, 12, 100)] == [1, 4, 6, 12, 12]
 
 
 def test_stopping_at_the_first_that_fits_chooses_the_same() -> None:
@@ -315,3 +326,27 @@ def test_the_objective_of_speed_takes_the_shortest_update() -> None:
     assert found.chosen().method == "ln_tuning" == min(times, key=lambda method: times[method] or 0.0)
     assert small_plan(methods=["lora", "ln_tuning"]).chosen().method == "lora"
     assert "estimated" in found.why
+
+
+def test_states_in_8_bits_are_tried_where_nothing_fits_well_with_others() -> None:
+    wide = {"model": {**LLAMA, "vocab_size": 60_000, "num_hidden_layers": 2}, "methods": ["full"]}
+    needs = [small_plan(**wide, microbatch=1, optimizer=kind).chosen().process_bytes for kind in (ADAMW, EIGHT_BIT)]
+    roomy = hardware.load("t4-16gb")
+    tight = hardware.Hardware(**{**vars(roomy), "memory_bytes": roomy.reserved_bytes + sum(needs) // 2})
+    assert needs[1] < 0.8 * needs[0] and {each.optimizer for each in small_plan(**wide).candidates} == {ADAMW}
+    found = small_plan(**wide, hardware=tight)
+    assert [(each.optimizer, each.fits) for each in found.candidates] == [(EIGHT_BIT, True), (ADAMW, False)]
+    assert "8 bits" in found.why and found.as_json()["candidates"][0]["optimizer"] == EIGHT_BIT
+    assert small_plan(**wide, hardware=tight, first=True).chosen() == found.chosen()
+    assert small_plan(**wide, hardware=tight, optimizer=ADAMW).choice is None
+    least = small_plan(**wide, objective="memory")
+    assert least.chosen().optimizer == EIGHT_BIT
+    frugal = small_plan(**{**wide, "methods": ["lora"]}, hardware=tight, microbatch=1024)
+    assert {each.optimizer for each in frugal.candidates} == {ADAMW}, "there is little to be saved"
+
+
+def test_an_optimizer_that_a_method_does_not_have_is_refused() -> None:
+    with pytest.raises(UsageError, match="galore cannot be trained with adamw-8bit"):
+        small_plan(methods=["galore"], optimizer=EIGHT_BIT)
+    both = small_plan(methods=["galore", "lora"], optimizer=EIGHT_BIT)
+    assert {(each.method, each.optimizer) for each in both.candidates} == {("lora", EIGHT_BIT)}

@@ -22,6 +22,7 @@ FLOORS = (
     {"methods", "foreign", "placements", "step"},
     {
         "recipe",
+        "candidate",
         "schedule",
         "adapter",
         "evaluate",

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from test_plan import GPT2, LLAMA, T5, configuration
 
-from edgepeft import extrapolate, plan, replay
+from edgepeft import candidate, extrapolate, replay
 from edgepeft.catalog.fields import at_depth
 from edgepeft.hardware import load
 from edgepeft.probe import Recording, record
@@ -45,7 +45,7 @@ def test_what_is_reserved_is_planned_and_survives_a_file() -> None:
         assert again.reserved_bytes(size) == pytest.approx(found.reserved_bytes(size), rel=1e-3)
         assert found.reserved_bytes(size) >= held
     gpu, cpu = load("t4-16gb"), load("raspberry-pi-5-8gb")
-    assert plan.needed_bytes(100, gpu) == 100 < plan.needed_bytes(100, cpu)
+    assert candidate.needed_bytes(100, gpu) == 100 < candidate.needed_bytes(100, cpu)
 
 
 def test_on_a_cpu_nothing_is_replayed() -> None:

@@ -95,7 +95,7 @@ class Stage:
         if kind == ADAMW:
             return found
         lighter = eight_bit.like(found, lr)
-        if lighter is None and self.updates is None:  # a fixed number of them measures, or folds what was trained
+        if lighter is None and not self.measures:
             raise _no_choice(f"The stage {self.name!r} of this method", kind)
         return lighter or found
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from edgepeft.files import write_text
 from edgepeft.report.markup import Html, counted, join, memory, number, tag
+from edgepeft.surface import EIGHT_BIT
 
 Plan = Mapping[str, Any]
 STEPS = (1, 2, 4, 8, 16, 32)  # microbatches at which the colour deepens
@@ -84,6 +85,7 @@ def _opened(shown: str, candidate: Mapping[str, Any], plan: Plan) -> Html:
     """What the cell says when it is tapped, and when the pointer rests on it."""
     peak = f"peak {memory(candidate['peak_bytes'])} of {memory(plan['available_bytes'])}"
     again = ", checkpointed" if candidate["checkpointing"] else ""
+    again += f", {EIGHT_BIT}" if candidate.get("optimizer") == EIGHT_BIT else ""
     what = f"{candidate['method']}, {candidate['precision']}{again}"
     parts = sorted(candidate["bytes"].items(), key=lambda item: -item[1])
     seconds = candidate.get("update_seconds")

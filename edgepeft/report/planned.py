@@ -5,6 +5,7 @@ from __future__ import annotations
 from edgepeft.report.figures import COLOURED, colour, stacked_bar
 from edgepeft.report.markup import Html, cell, join, memory, number, percent, tag
 from edgepeft.report.rundir import Record, Run
+from edgepeft.surface import EIGHT_BIT
 
 COLUMNS = ("method", "precision", "microbatch", "checkpointing", "peak", "fits")
 SHOWN = 10
@@ -98,7 +99,11 @@ def _candidate(candidate: Record, chosen: bool, scale: float, available: int | N
     share = f" ({percent(peak / available)})" if peak is not None and available else ""
     fits = tag("span", "yes" if candidate["fits"] else "no", class_="good" if candidate["fits"] else "bad")
     cells = [
-        join(candidate["method"], tag("b", " chosen") if chosen else None),
+        join(
+            candidate["method"],
+            f", {EIGHT_BIT}" if candidate.get("optimizer") == EIGHT_BIT else None,
+            tag("b", " chosen") if chosen else None,
+        ),
         candidate["precision"],
         number(candidate["microbatch"]),
         "yes" if candidate["checkpointing"] else "no",

@@ -1,0 +1,126 @@
+"""One configuration on one device: the largest microbatch that fits, its memory, and the time of an update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from edgepeft import roofline
+from edgepeft.hardware import Hardware
+from edgepeft.surface import ADAMW, TRAINING, WORKING, Configuration, Surface
+
+LARGEST_MICROBATCH = 1024
+CPU_PROCESS_BYTES = 540 << 20  # measured: 505 MiB of imports, 35 MiB of kernels' code and scratch
+HEAP = 1.3  # an allowance: glibc kept 18 to 36 % beyond tensors in what was measured (benchmarks/results/plan.md)
+TIGHT = 0.93  # a larger share of what is available is called tight: runs on NF4 took up to 6.4 % more than predicted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One configuration: the largest microbatch that fits, or microbatch 1 when none does, and its peak.
+
+    Attributes:
+        verdict: FITS, TIGHT (into the margin) or NO.
+        peak_bytes: of tensors, in the phase that needs most; ``phase`` says which. ``bytes`` is it by kind.
+        reserved_bytes: what the allocator holds for them; ``process_bytes``: with what the process needs besides.
+        phases: every phase → bytes of tensors at its peak; those after training are ``merge``.
+        update_seconds: estimated time of an update of the global batch, all sequences at full length; None where it
+            does not fit. ``tokens_per_second``: the (source) tokens that go through it meanwhile.
+    """
+
+    method: str
+    precision: str
+    microbatch: int
+    checkpointing: bool
+    optimizer: str = ADAMW
+    fits: bool
+    verdict: str
+    peak_bytes: int
+    reserved_bytes: int
+    process_bytes: int
+    phase: str
+    bytes: Mapping[str, int]
+    phases: Mapping[str, int]
+    update_seconds: float | None = None
+    tokens_per_second: float | None = None
+    strategy: str = ""
+    """How several devices share the work: ddp or fsdp; nothing on one. All numbers but the speed are one device's."""
+
+    @property
+    def step_bytes(self) -> int:
+        """The peak of the training steps alone: what a run measures."""
+        return max(size for name, size in self.phases.items() if name.endswith(("forward+backward", "update")))
+
+
+def needed_bytes(reserved_bytes: int, hardware: Hardware) -> int:
+    """Memory a process needs in which the allocator holds this much for tensors."""
+    return round(reserved_bytes * HEAP) + CPU_PROCESS_BYTES if hardware.kind == "cpu" else reserved_bytes
+
+
+def counted(hardware: Hardware) -> Sequence[str]:
+    """The phases that must fit the device: all of them on a CPU; on a GPU, merging may be left to the host."""
+    return TRAINING if hardware.kind == "cuda" else (*TRAINING, "merge")
+
+
+def of(
+    configuration: Configuration,
+    traced: Surface,
+    hardware: Hardware,
+    fixed: int | None,
+    global_batch: int,
+    devices: int,
+    strategy: str,
+) -> Candidate:
+    """The candidate of one device, which has ``global_batch`` examples of an update to itself."""
+    only = counted(hardware)
+
+    def need(size: int) -> int:
+        return needed_bytes(traced.reserved_bytes(size, only), hardware)
+
+    def largest(limit: float) -> int:
+        low, high = 0, LARGEST_MICROBATCH  # the largest that fits is in [low, high]; 0 always does
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if need(middle) <= limit else (low, middle - 1)
+        return low
+
+    # Room is left if any microbatch allows it; else the margin is used, and the verdict says so.
+    size = fixed or largest(hardware.available_bytes * TIGHT) or largest(hardware.available_bytes) or 1
+    process = need(size)
+    verdict = "NO" if process > hardware.available_bytes else "FITS"
+    if verdict == "FITS" and process > hardware.available_bytes * TIGHT:
+        verdict = "TIGHT"
+    phase, kinds = traced.at(size, only)
+    peak = sum(kinds.values())
+    seconds = None if verdict == "NO" else _update_seconds(traced, hardware, size, global_batch)
+    return Candidate(
+        method=configuration.method,
+        precision=configuration.precision,
+        microbatch=size,
+        checkpointing=configuration.checkpointing,
+        optimizer=configuration.optimizer,
+        fits=verdict != "NO",
+        verdict=verdict,
+        peak_bytes=peak,
+        reserved_bytes=traced.reserved_bytes(size, only),
+        process_bytes=process,
+        phase=phase,
+        bytes=kinds,
+        phases={name: sum(held.values()) for name, held in traced.peaks(size).items()},
+        update_seconds=seconds,
+        tokens_per_second=None if seconds is None else devices * global_batch * configuration.tokens / seconds,
+        strategy=strategy,
+    )
+
+
+def _update_seconds(traced: Surface, hardware: Hardware, largest: int, global_batch: int) -> float | None:
+    if not traced.work:
+        return None
+    size = usable_microbatch(largest, global_batch)
+    microbatch, update = (roofline.seconds(traced.work_at(size)[phase], hardware) for phase in WORKING)
+    return global_batch // size * microbatch + update
+
+
+def usable_microbatch(largest: int, global_batch: int) -> int:
+    """The largest divisor of the global batch that is not larger than ``largest``."""
+    return max(size for size in range(1, min(largest, global_batch) + 1) if global_batch % size == 0)
