@@ -328,13 +328,12 @@ def linearize(model: nn.Module) -> None:
     """GPT-2 keeps its linears transposed (``Conv1D``); make them ``nn.Linear``, so that methods see one kind."""
     from transformers.pytorch_utils import Conv1D
 
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Conv1D):
-            with torch.device("meta"):
-                linear = nn.Linear(module.nx, module.nf)
-            linear.weight = nn.Parameter(module.weight.detach().t().contiguous())
-            linear.bias = module.bias
-            model.set_submodule(name, linear)
+    for name, module in precision.one_by_one(model, lambda module: isinstance(module, Conv1D)):
+        with torch.device("meta"):
+            linear = nn.Linear(module.nx, module.nf)
+        linear.weight = nn.Parameter(module.weight.detach().t().contiguous())
+        linear.bias = module.bias
+        model.set_submodule(name, linear)
 
 
 def _without_gguf_traces(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -22,12 +22,11 @@ from edgepeft.methods import base
 from edgepeft.precision import is_packed
 from edgepeft.probe import Recording, recordings, refuse_whole
 from edgepeft.roofline import Work, along
-from edgepeft.surface import KINDS, WORKING, Configuration, Moment, Surface
+from edgepeft.surface import KINDS, PASSING, WORKING, Configuration, Moment, Surface
 
 SIZES = [2**power for power in range(11)]  # microbatches at which the peak of a segment is looked for
-PARTS = 8  # of a segment that is not one layer's, such as the optimizer's: position says what belongs together
-
 Array = np.ndarray[Any, np.dtype[np.float64]]
+Span = tuple[int, int]  # the first moment and the last
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ def surfaces(configuration: Configuration, checkpointing: Sequence[bool]) -> lis
     depths = shallow if full > shallow[1] and full % 2 == 0 else (full,)
     if method.counts_layers and len(depths) > 1:
         refuse_whole(configuration, method)
-    size = _prime(configuration, max(saturated, 11))
+    # Larger tells better; but an answer's logits are made in chunks, all of which have to be followed.
+    size = _prime(configuration, 101 if configuration.task == "classification" else max(saturated, 11))
     if len(checkpointing) > 1 and len(method.stages()) > 1:
         return [surface(replace(configuration, checkpointing=again)) for again in checkpointing]
     traces = [_recorded(configuration, checkpointing, layers, size) for layers in depths]
@@ -121,22 +121,38 @@ def _moments(low: Timeline, high: Timeline) -> Iterator[tuple[tuple[Any, ...], A
         like = segment if segment in low.segments else (what, stack, 0 if layer > 0 else -1, occurrence)
         if like not in low.segments or like not in high.segments:
             continue
-        for size in SIZES:
-            for shallow, deep in _parts(low.segments[like], high.segments[like]):
-                slope = high.bytes[high.most(*deep, size)] - low.bytes[low.most(*shallow, size)]
-                own = deep if like == segment else whole
-                yield segment, high.bytes[high.most(*own, size)], slope
+        for part, pairs in _parts(low.bytes, high.bytes, low.segments[like], high.segments[like]):
+            own = part if like == segment else whole
+            for size in SIZES:
+                slopes = (high.bytes[high.most(*b, size)] - low.bytes[low.most(*a, size)] for a, b in pairs)
+                most = max(slopes, key=lambda slope: float(slope[0].sum() + size * slope[1].sum()))
+                yield segment, high.bytes[high.most(*own, size)], most
 
 
-def _parts(one: tuple[int, int], other: tuple[int, int]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Two segments cut into what belongs together."""
-    parts = 1 if one[1] - one[0] == other[1] - other[0] else PARTS
-    for part in range(parts):
-        (a, b), (c, d) = (
-            (start + (end - start) * part // parts, start + (end - start) * (part + 1) // parts)
-            for start, end in (one, other)
-        )
-        yield (a, b), (c, d)
+def _parts(low: Array, high: Array, one: Span, other: Span) -> Iterator[tuple[Span, list[tuple[Span, Span]]]]:
+    """Two segments cut into what is alike from the beginning, what is alike to the end, and what is between.
+
+    Yields:
+        a part of the deeper one, and where both are to be looked at for how much more the deeper one holds there. What
+        is between belongs to layers that the shallower one lacks: it grows as one of its ends does.
+    """
+    (a, b), (c, d) = one, other
+    if b - a == d - c:
+        yield other, [(one, other)]
+        return
+    before = _alike(low[a : b + 1], high[c : d + 1])
+    after = min(_alike(low[a : b + 1][::-1], high[c : d + 1][::-1]), min(b - a, d - c) - before)
+    first, last = (a + before, c + before), (b - after, d - after)
+    yield (c, first[1]), [((a, first[0]), (c, first[1]))]
+    yield (first[1], last[1]), [((here, here), (there, there)) for here, there in (first, last)]
+    yield (last[1], d), [((last[0], b), (last[1], d))]
+
+
+def _alike(one: Array, other: Array) -> int:
+    """How many changes from the first moment on are the same in both."""
+    count = min(len(one), len(other))
+    differs = (np.diff(one[:count], axis=0) != np.diff(other[:count], axis=0)).any(axis=(1, 2))
+    return int(differs.argmax()) if differs.any() else count - 1
 
 
 def _less(low: Timeline, single: Timeline) -> dict[tuple[Any, ...], float]:
@@ -184,7 +200,9 @@ def _timeline(recording: Recording, name: str, size: int) -> Timeline:
     for row, events in ((0, phase.held), *((row, [event]) for row, event in enumerate(phase.events, start=1))):
         for event in events:
             asked, taken, kind = recording.tracker.storage(abs(event))
-            each = asked // size if size > 1 and asked % size == 0 else 0
+            # Of what has the size of trained tensors, one in ``size`` is a multiple of it by chance.
+            grows = kind in PASSING and not (row and name.endswith("update"))
+            each = asked // size if grows and size > 1 and asked % size == 0 else 0
             sign, column = (1 if event > 0 else -1), KINDS.index(kind)
             changes[row, 0, column] += sign * (taken - each * size)
             changes[row, 1, column] += sign * each

@@ -248,6 +248,15 @@ def pack(linear: nn.Linear, precision: str) -> StoredLinear:
     return kind(linear.weight.detach(), linear.bias)
 
 
+def one_by_one(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[tuple[str, Any]]:
+    """The submodules that are wanted, with their names, none of which is held for longer than its turn.
+
+    So what is put in their places may take their memory: a list of them would keep all of a model twice.
+    """
+    for name in [name for name, module in model.named_modules() if wanted(module)]:
+        yield name, model.get_submodule(name)
+
+
 def pack_where(
     model: nn.Module,
     wanted: Callable[[str], bool],
@@ -258,8 +267,8 @@ def pack_where(
 
     It is moved to ``device`` before.
     """
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and wanted(name):
+    for name, module in one_by_one(model, lambda module: type(module) is nn.Linear):
+        if wanted(name):
             model.set_submodule(name, packing(name, module.to(device) if device else module))
 
 
@@ -274,26 +283,25 @@ def weight_of(linear: nn.Module) -> Tensor:
 
 def store_frozen(model: nn.Module) -> None:
     """Where bf16 is slow to multiply, let frozen bf16 layers be multiplied in fp32. The head is left to the loss."""
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and not module.weight.requires_grad and module is not _head(model):
-            weight = module.weight
+    for name, module in one_by_one(model, lambda module: type(module) is nn.Linear):
+        weight = module.weight
+        if not weight.requires_grad and module is not _head(model):
             if matmul_dtype(weight.dtype, weight.device) is not weight.dtype:
                 _replace(model, name, module, BF16Linear(weight, module.bias))
 
 
 def unpack(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace, in place, every stored layer by an ``nn.Linear`` with the weights it multiplied with, in ``dtype``."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, StoredLinear):
-            if parametrize.is_parametrized(module, "bias"):  # one that is trained: its fp32 master
-                parametrize.remove_parametrizations(module, "bias", leave_parametrized=False)
-            weight = weight_of(module).to(dtype)
-            with torch.device("meta"):  # no time and memory spent on an initialisation that is thrown away
-                linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            if module.bias is not None:
-                linear.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=module.bias.requires_grad)
-            _replace(model, name, module, linear)
+    for name, module in one_by_one(model, lambda module: isinstance(module, StoredLinear)):
+        if parametrize.is_parametrized(module, "bias"):  # one that is trained: its fp32 master
+            parametrize.remove_parametrizations(module, "bias", leave_parametrized=False)
+        weight = weight_of(module).to(dtype)
+        with torch.device("meta"):  # no time and memory spent on an initialisation that is thrown away
+            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if module.bias is not None:
+            linear.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=module.bias.requires_grad)
+        _replace(model, name, module, linear)
 
 
 _HOOKS = (  # a hook, and whether it takes keyword arguments, or runs whatever happens

@@ -15,11 +15,13 @@ from transformers import AutoConfig, PretrainedConfig
 
 from edgepeft import precision, work
 from edgepeft import step as training
-from edgepeft.backbone import Backbone, skeleton
+from edgepeft.backbone import Backbone, Packing, skeleton
 from edgepeft.evaluate import sample_logits, totals
 from edgepeft.merge import COMPARED, to_full_precision
 from edgepeft.methods import base
-from edgepeft.methods.base import Method, NotMergeable, Stage
+from edgepeft.methods.base import Method, NotMergeable
+from edgepeft.precision import StoredLinear
+from edgepeft.stage import Stage
 from edgepeft.step import Batch, TrainingStep
 from edgepeft.surface import Configuration
 from edgepeft.trace import Peak, Tracker, fake_device
@@ -66,8 +68,8 @@ def recordings(configuration: Configuration, checkpointing: Sequence[bool], *, w
     ):
         found = Recording(tracker, {})
         method = base.create(configuration.method, configuration.options)
-        with tracker.phase("loading"):
-            backbone = _skeleton(configuration, configuration.precision, method)
+        with _phase(found, "loading"):
+            backbone = _skeleton(configuration, configuration.precision, _noted(method.pack, found))
         own = {name for name, _ in backbone.model.named_parameters()}
         with _converting():
             base.apply(method, backbone)
@@ -83,7 +85,7 @@ def recordings(configuration: Configuration, checkpointing: Sequence[bool], *, w
                 totals(backbone.model, [example_batch(configuration)])
             backbone.model.eval()
             with _converting(), _phase(found, "merge"):
-                _merge(configuration, backbone, method)
+                _merge(configuration, backbone, method, found)
         return [_only(found, again) for again in checkpointing]
 
 
@@ -94,7 +96,7 @@ def refuse_whole(configuration: Configuration, method: Method) -> None:
         UsageError: the method does not fit it.
     """
     with torch.device("meta"), _quietly():
-        base.apply(method, _skeleton(configuration, "bf16", method))
+        base.apply(method, _skeleton(configuration, "bf16", method.pack))
 
 
 def _only(found: Recording, checkpointing: bool) -> Recording:
@@ -117,10 +119,24 @@ def as_fields(config: PretrainedConfig) -> dict[str, Any]:
     return json.loads(config.to_json_string(use_diff=False))
 
 
-def _skeleton(configuration: Configuration, at: str, method: Method) -> Backbone:
+def _skeleton(configuration: Configuration, at: str, pack: Packing) -> Backbone:
     fields = copy.deepcopy(dict(configuration.model))
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    return skeleton(config, task=configuration.task, at=at, labels=configuration.labels, pack=method.pack)
+    return skeleton(config, task=configuration.task, at=at, labels=configuration.labels, pack=pack)
+
+
+def _noted(pack: Packing, found: Recording) -> Packing:
+    """The same; where it begins is noted, as up to there the model grows and from there on it shrinks."""
+    begun = False
+
+    def noted(linear: torch.nn.Linear, at: str, roles: frozenset[str]) -> StoredLinear:
+        nonlocal begun
+        if not begun:
+            _note(found, "pack")
+        begun = True
+        return pack(linear, at, roles)
+
+    return noted
 
 
 def _train(
@@ -205,16 +221,20 @@ def _growing_loss(recording: Recording) -> Iterator[None]:
         training.loss_of = before
 
 
-def _merge(configuration: Configuration, backbone: Backbone, method: Method) -> None:
+def _merge(configuration: Configuration, backbone: Backbone, method: Method, found: Recording) -> None:
     """What ``merge.merge`` and the exporter do to a trained model before they write or export it."""
     model = backbone.model
     batch = example_batch(configuration)
     to_full_precision(model)
+    _note(found, "kept")
     kept = _logits(configuration, model, batch)
     if method.merges:
+        _note(found, "merge")
         with contextlib.suppress(NotMergeable):  # found out only by trying: the model is then exported as it is
             method.merge(model)
+        _note(found, "kept")
         kept += _logits(configuration, model, batch)
+    _note(found, "totals")
     totals(model, [batch])
 
 

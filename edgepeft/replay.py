@@ -16,6 +16,7 @@ import numpy as np
 
 from edgepeft.allocator import CachingAllocator
 from edgepeft.probe import Recording
+from edgepeft.surface import PASSING
 
 MICROBATCHES = (1, 4, 16, 64)  # at which it is replayed
 Array = np.ndarray[Any, np.dtype[np.int64]]
@@ -83,10 +84,13 @@ class _Run:
             while root in self.like:
                 root = self.like[root]
             roots[uid] = root
-        asked = {root: self.high.tracker.storage(root)[0] for root in set(roots.values())}
-        every = np.array([asked[roots[abs(event)]] for event in events], dtype=np.int64)
-        grows = (every % traced == 0) & (traced > 1)
-        return np.where(grows, 0, every), np.where(grows, every // traced, 0)
+        known = {}
+        for root in set(roots.values()):
+            asked, _, kind = self.high.tracker.storage(root)
+            grows = kind in PASSING and traced > 1 and asked % traced == 0
+            known[root] = (0, asked // traced) if grows else (asked, 0)
+        both = np.array([known[roots[abs(event)]] for event in events], dtype=np.int64)
+        return both[:, 0], both[:, 1]
 
     def training(self) -> Iterator[int]:
         """Births (uid) and deaths (-uid) of every stage's first updates, and of an evaluation."""

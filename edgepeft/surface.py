@@ -9,6 +9,7 @@ from typing import Any
 from edgepeft.roofline import Work, along
 
 KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "temporaries")
+PASSING = KINDS[-2:]  # the kinds that may grow with the microbatch
 TRAINING = ("loading", "forward+backward", "update", "evaluation", "checkpoint")
 """Phases of training; with several stages, each has its own of some. Merging and exporting come after it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -17,6 +18,7 @@ from edgepeft.errors import UsageError
 from edgepeft.evaluate import evaluate
 from edgepeft.merge import to_full_precision
 from edgepeft.placements import delta
+from edgepeft.trace import Tracker
 
 PACKED = ("nf4", "int8")
 SHAPES = [(32, 64), (100, 36), (48, 576), (7, 3)]  # odd ones too: some kernels want multiples of the block
@@ -258,6 +260,26 @@ def test_training_after_evaluation_sees_the_same_weights(family: str) -> None:
         method.merge(model)
     assert not [name for name, _ in model.named_modules() if name.endswith(".delta")]
     assert evaluate(model, [batch])["loss"] == pytest.approx(unmerged["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("at", ["int8", "nf4"])
+def test_packing_and_unpacking_hold_one_layer_twice_and_not_the_model(at: str) -> None:
+    size, count = 128, 16
+    model = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(count)))
+    whole, one = 4 * count * size**2, 4 * size**2
+
+    def peak(change: Callable[[], None]) -> int:
+        tracker = Tracker(cuda=False)
+        tracker.label(list(model.state_dict().values()), "weights")
+        with tracker.phase("change"):
+            change()
+        return tracker.peaks()["change"].peak_bytes
+
+    def packing() -> None:
+        precision.pack_where(model, lambda name: True, None, lambda name, linear: precision.pack(linear, at))
+
+    assert peak(packing) < whole + 3 * one  # with the temporaries of one packing
+    assert peak(lambda: precision.unpack(model, torch.float32)) < whole + 3 * one
 
 
 def test_unknown_precision() -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgepeft.precision import one_by_one
+
 STD = 0.01  # of weights that start near zero: Houlsby et al., section 3.6, found 1e-7 to 1e-2 to do equally well
 
 
@@ -47,9 +49,8 @@ def near_zero(*shape: int, device: torch.device) -> Tensor:
 
 def condense(model: nn.Module) -> None:
     """Make every weight that is made anew once and for all: nothing is trained any more."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Made):
-            with torch.no_grad():
-                weight, bias = module.eval().made()
-            plain: Any = Projection(weight.clone(), None if bias is None else bias.clone())
-            model.set_submodule(name, plain.requires_grad_(False).eval())
+    for name, module in one_by_one(model, lambda module: isinstance(module, Made)):
+        with torch.no_grad():
+            weight, bias = module.eval().made()
+        plain: Any = Projection(weight.clone(), None if bias is None else bias.clone())
+        model.set_submodule(name, plain.requires_grad_(False).eval())

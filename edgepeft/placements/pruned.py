@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from edgepeft.placements.projection import Made, Projection
+from edgepeft.precision import one_by_one
 
 
 class Pruned(Made):
@@ -39,8 +40,7 @@ def prune(model: nn.Module, kept: float, score: Callable[[Projection], Tensor]) 
     Args:
         score: how much the weights of a projection matter, (out, in).
     """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Projection):
-            count = max(1, round(kept * module.weight.numel()))
-            places = score(module).detach().flatten().topk(count).indices.sort().values
-            model.set_submodule(name, Pruned(module, places))
+    for name, module in one_by_one(model, lambda module: isinstance(module, Projection)):
+        count = max(1, round(kept * module.weight.numel()))
+        places = score(module).detach().flatten().topk(count).indices.sort().values
+        model.set_submodule(name, Pruned(module, places))
