@@ -55,10 +55,10 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="One method.")] = None, as_json: flags.Json = False
 ) -> None:
     """List the methods by the survey's taxonomy, or show the hyper-parameters of one."""
-    from edgepeft import tables
+    from edgepeft import tables, taxonomy
     from edgepeft.methods import base
 
-    found = [base.describe(base.find(name))] if name else base.catalogue()
+    found = [taxonomy.describe(base.find(name))] if name else taxonomy.catalogue()
     if as_json:
         _print_json(found[0] if name else [{key: each[key] for key in _LISTED} for each in found])
     elif name:

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 from edgepeft.errors import UsageError
-from edgepeft.methods.base import Method, Stage
+from edgepeft.methods.base import Method
 from edgepeft.recipe import Recipe
+from edgepeft.stage import Stage
 
 
 def check(recipe: Recipe, method: Method) -> None:

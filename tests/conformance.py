@@ -14,7 +14,8 @@ from edgepeft import adapter, step
 from edgepeft.backbone import Backbone
 from edgepeft.errors import UsageError
 from edgepeft.methods import base
-from edgepeft.methods.base import Method, Stage
+from edgepeft.methods.base import Method
+from edgepeft.stage import Stage
 
 FAMILIES = ("bert", "llama", "t5")  # an encoder, a decoder, an encoder-decoder
 

@@ -18,7 +18,7 @@ import training
 from conformance import gradients, randomised
 from torch import nn
 
-from edgepeft import adapter, hardware, ledger, pipeline, plan, precision, traces
+from edgepeft import adapter, hardware, ledger, pipeline, plan, precision, taxonomy, traces
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.evaluate import sample_logits
 from edgepeft.merge import relative_difference
@@ -160,7 +160,7 @@ def test_options_missing_files_and_a_missing_peft_are_refused(tmp_path: Path, mo
     with pytest.raises(UsageError, match="takes no options"):
         base.create(name, {"r": 8})
     with pytest.raises(UsageError, match="describe"):
-        base.describe(base.find(name))
+        taxonomy.describe(base.find(name))
     monkeypatch.setitem(__import__("sys").modules, "peft.mapping", None)
     with pytest.raises(UsageError, match=r"edgepeft\[peft\]"):
         base.create(name)

@@ -13,7 +13,7 @@ from conformance import FAMILIES, gradients, home, needs, randomised, refusal, s
 from torch import nn
 from transformers import GenerationConfig
 
-from edgepeft import adapter, checkpoint, precision, probe, step
+from edgepeft import adapter, checkpoint, precision, probe, step, taxonomy
 from edgepeft.backbone import Backbone
 from edgepeft.evaluate import evaluate, sample_logits
 from edgepeft.export import onnx, parity
@@ -92,7 +92,7 @@ def test_says_where_it_is_from_and_what_it_costs(name: str) -> None:
     assert not method.paper.arxiv or len(method.paper.arxiv.split(".")) == 2
     assert set(method.saves) <= {"disk", "memory"}
     assert method.merges != bool(method.overhead), "overhead is what a model costs that cannot be merged"
-    described = base.describe(type(method))
+    described = taxonomy.describe(type(method))
     assert all(option["meaning"] for option in described["options"]) and described["summary"]
 
 

@@ -19,10 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {"errors", "files", "hardware", "machine", "precision", "catalog", "chat", "peft_config", "evidence", "flags"},
     {"backbone", "anatomy", "data", "runtime", "cross_entropy", "divergence", "roofline", "surface"},
-    {"methods", "foreign", "placements", "step"},
+    {"methods", "foreign", "placements", "stage", "step"},
     {
         "recipe",
         "candidate",
+        "taxonomy",
         "schedule",
         "adapter",
         "evaluate",

@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from edgepeft import taxonomy
 from edgepeft.errors import EdgePeftError
 from edgepeft.files import write_text
 from edgepeft.methods import base
@@ -26,7 +27,7 @@ arXiv 2303.15647). What a method saves is compared with full tuning: *disk* for 
 
 def page() -> str:
     """The whole of docs/methods.md."""
-    found = base.catalogue()
+    found = taxonomy.catalogue()
     parts = [HEAD]
     for kind, methods in groupby(found, key=lambda each: each["kind"]):
         parts.append(f"## {kind.capitalize()}\n")

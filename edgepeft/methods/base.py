@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from edgepeft.anatomy import Anatomy
 from edgepeft.backbone import Backbone
 from edgepeft.errors import EdgePeftError, UsageError, nearest
 from edgepeft.peft_config import path_of
-from edgepeft.placements import eight_bit, projection, selection
+from edgepeft.placements import projection, selection
 from edgepeft.precision import StoredLinear, is_packed, pack, store_frozen
+from edgepeft.stage import Stage, no_choice
 from edgepeft.surface import ADAMW, OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -47,57 +48,6 @@ class Paper:
 
 class NotMergeable(EdgePeftError):
     """A method whose change cannot be folded into the backbone's weights."""
-
-
-def _no_choice(what: str, kind: str) -> UsageError:
-    return UsageError(
-        f"{what} cannot be trained with {kind}.",
-        "It comes with an optimizer of its own.",
-        f"Leave the optimizer out, or use another method: --method full --optimizer {kind}.",
-    )
-
-
-def _as_it_is(model: nn.Module, anatomy: Anatomy) -> None:
-    """What most stages do at their beginning."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A part of training with an optimizer and a learning-rate schedule of its own.
-
-    Attributes:
-        optimizer: makes the optimizer from model, learning rate and weight decay.
-        begin: changes the model, given its anatomy, before the stage's first update: freezes, selects, masks. It runs
-            on the model as the stage before left it; when a run is resumed or an adapter loaded, on a fresh one, whose
-            tensors are then replaced by the stored ones. So the shapes it makes must not depend on values.
-        share: the stage's part of the run's updates, relative to the other stages'.
-        updates: a number of updates on top of the run's, instead of a share. A last stage of none changes, once
-            training is over, what the adapter holds.
-        one_by_one: every update sees a single example.
-        measures: its updates take note of gradients, which are not clipped, and change nothing.
-    """
-
-    name: str
-    optimizer: Callable[[nn.Module, float, float], torch.optim.Optimizer]
-    begin: Callable[[nn.Module, Anatomy], None] = _as_it_is
-    share: float = 1.0
-    updates: int | None = None
-    one_by_one: bool = False
-    measures: bool = False
-
-    def made(self, model: nn.Module, lr: float, weight_decay: float, kind: str) -> torch.optim.Optimizer:
-        """The stage's optimizer; its AdamW as the recipe wants it, one of ``surface.OPTIMIZERS``.
-
-        Raises:
-            UsageError: it trains by an optimizer that is no AdamW, and that has one form only.
-        """
-        found = self.optimizer(model, lr, weight_decay)
-        if kind == ADAMW:
-            return found
-        lighter = eight_bit.like(found, lr)
-        if lighter is None and not self.measures:
-            raise _no_choice(f"The stage {self.name!r} of this method", kind)
-        return lighter or found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +93,7 @@ class Method(ABC):
         if kind not in OPTIMIZERS:
             raise UsageError(f"There is no optimizer {kind!r}.", "", nearest(kind, OPTIMIZERS))
         if kind != ADAMW and self.updates_in_backward:
-            raise _no_choice(self.name, kind)
+            raise no_choice(self.name, kind)
 
     def check_checkpointing(self) -> None:
         """Refuse, before work starts, to compute activations again where that is no use or would go wrong."""
@@ -410,44 +360,3 @@ def _class_in(module_name: str) -> type[Method]:
             f"The module {module_name} holds {len(found)} methods.", "A method is a module with one Method class.", ""
         )
     return found[0]
-
-
-def describe(method: type[Method]) -> dict[str, Any]:
-    """A method as plain data: its place in the survey's taxonomy, its paper and its hyper-parameters."""
-    import ast
-
-    if method.__module__ == _FOREIGN:
-        raise UsageError(
-            "edgepeft does not describe what HF PEFT can do.", "Its documentation does.", "Or see docs/peft.md."
-        )
-    name = method.__module__.removeprefix(f"{__package__}.")
-    body = ast.parse(inspect.getsource(method)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    meanings = {  # a field's meaning is the string below it
-        entry.target.id: text.value.value
-        for entry, text in zip(body.body, body.body[1:], strict=False)
-        if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name)
-        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-    }
-    options = [
-        {"name": field.name, "default": field.default, "meaning": meanings.get(field.name, "")}
-        for field in dataclasses.fields(method)
-    ]
-    return {
-        "name": name,
-        "kind": method.kind,
-        "merges": method.merges,
-        "saves": [*method.saves, *([] if method.backpropagates else ["backpropagation"])],
-        "overhead": method.overhead,
-        "paper": str(method.paper),
-        "summary": inspect.cleandoc(method.__doc__ or "").splitlines()[0],
-        "aliases": dict(method.aliases),
-        "learning_rate": method.learning_rate,
-        "options": options,
-    }
-
-
-def catalogue() -> list[dict[str, Any]]:
-    """All methods that come with edgepeft as plain data, by kind."""
-    kinds = get_args(Kind)
-    return sorted((describe(find(name)) for name in names()), key=lambda each: kinds.index(each["kind"]))

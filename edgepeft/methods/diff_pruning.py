@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, Paper, Stage
+from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import change, selection, sparse
 from edgepeft.placements.gated import Gated, expected_open
+from edgepeft.stage import Stage
 
 
 @dataclass(frozen=True, kw_only=True)

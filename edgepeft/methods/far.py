@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from edgepeft.anatomy import FEED_FORWARD, Anatomy
-from edgepeft.methods.base import Method, Paper, Stage
+from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import change, delta, nodes, selection
+from edgepeft.stage import Stage
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, Paper, Stage
+from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import change, selection, sparse
+from edgepeft.stage import Stage
 
 CHILD = "fisher"
 

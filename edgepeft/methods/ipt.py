@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from edgepeft.anatomy import Anatomy
 from edgepeft.errors import UsageError
-from edgepeft.methods.base import Method, Paper, Stage
+from edgepeft.methods.base import Method, Paper
 from edgepeft.methods.prompt_tuning import PromptTuning
 from edgepeft.placements import prefix, prompt, stored
+from edgepeft.stage import Stage
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

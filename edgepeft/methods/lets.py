@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, Paper, Stage
+from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import late, pruned
 from edgepeft.placements.projection import Projection
+from edgepeft.stage import Stage
 
 
 class Differences(late.Late):

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, Paper, Stage
+from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import attention, prefix
+from edgepeft.stage import Stage
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

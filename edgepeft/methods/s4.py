@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, Paper, Stage
+from edgepeft.methods.base import Method, Paper
 from edgepeft.methods.lora import LowRank
 from edgepeft.placements import attention, bottleneck, delta, prefix, selection, targets
+from edgepeft.stage import Stage
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

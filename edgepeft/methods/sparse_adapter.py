@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from edgepeft.anatomy import Anatomy
 from edgepeft.errors import UsageError, nearest
-from edgepeft.methods.base import Method, Paper, Stage
+from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import bottleneck, pruned
 from edgepeft.placements.projection import Projection
+from edgepeft.stage import Stage
 
 SCORES: dict[str, Callable[[Projection], Tensor]] = {
     "snip": lambda dense: dense.get_buffer("sensitivity"),

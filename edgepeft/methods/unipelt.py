@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.methods.base import Method, NotMergeable, Paper, Stage
+from edgepeft.methods.base import Method, NotMergeable, Paper
 from edgepeft.methods.lora import LowRank
 from edgepeft.placements import attention, bottleneck, delta, prefix, targets
 from edgepeft.placements.gate import Gate
+from edgepeft.stage import Stage
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
