@@ -1,8 +1,8 @@
 """A run of peft's example scripts on raft/twitter_complaints, whose memory its README tells, rebuilt: an A100, fp32.
 
 The scripts (``examples/pet_lora_seq2seq_accelerate_ds_zero3_offload.py`` at 5de175184 and its causal sister) load in
-fp32, take batches of 8, LoRA of rank 8 with a dropout of 0.1 on the default modules, and AdamW of PyTorch 1.13, which
-did not work on lists yet. "GB" is their count of MiB, divided by 1000.
+fp32, take batches of 8, LoRA of rank 8 with a dropout of 0.1 on the default modules, and PyTorch 1.13, whose AdamW did
+not work on lists yet and whose ``zero_grad`` kept gradients. "GB" is their count of MiB, divided by 1000.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def trace(setup: dict[str, Any], layers: int | None) -> Tracker:
                 loss = _shifted(out.logits, labels) if causal else out.loss
                 loss.backward()
                 optimizer.step()
-                optimizer.zero_grad()
+                optimizer.zero_grad(set_to_none=False)
             tracker.label_optimizer(optimizer)
     return tracker
 

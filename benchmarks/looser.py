@@ -59,8 +59,10 @@ GROUPS = {  # what each group's set-up is taken from
     "defaults; layers of today's transformers, the loss of that time.",
     "galore": 'GaLore\'s README: LLaMA 7B pre-trained on an RTX 4090, "bsz=16, 22.8G"; all else from its script. '
     "What the number counts is not told: held against reserved bytes.",
-    "llama_factory": "LLaMA-Factory, QLoRA with FlashAttention 2. Whole GB of something that the page does not define: "
-    "held against reserved bytes. Batches are taken to be as long as the cut-off; the code's defaults of April 2024.",
+    "llama_factory": "LLaMA-Factory, QLoRA with FlashAttention 2. Whole GB of something that the page does not define, "
+    "held against reserved bytes; a monitor's figure would hold the CUDA context too, half a GiB, and rounding is 8 % "
+    "of 6 GB: short runs are under for that or for reasons not found. Batches are taken to be as long as the cut-off; "
+    "the code's defaults of April 2024. Long runs are over, not explained (28.0 GiB are allocated at 32768).",
     "unsloth": "Unsloth's column for Hugging Face with FlashAttention 2: the longest context that a card takes. "
     "Measured is the card; a right prediction is a little under it, by the context and what cannot be filled.",
 }
