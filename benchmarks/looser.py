@@ -63,8 +63,8 @@ GROUPS = {  # what each group's set-up is taken from
     "of 6 GB: short runs are under for that or for reasons not found. Batches are taken to be as long as the cut-off; "
     "the code's defaults of April 2024. Long runs are over, not explained (28.0 GiB are allocated at 32768).",
     "unsloth": "Unsloth's column for Hugging Face with FlashAttention 2: the longest context that a card takes. "
-    "Measured is the card; a right prediction is a little under it, by the context and what cannot be filled. What never "
-    "ran is traced at 512 tokens. Not in the summary.",
+    "Measured is the card; a right prediction is a little under it, by the context and what cannot be filled. What "
+    "never ran is traced at 512 tokens. Not in the summary.",
 }
 OLDER = {"oft/llama-3.2-3B-rank32": "peft#2575 of June 2025, after these runs, made OFT need less; later runs do"}
 CARDS = {
