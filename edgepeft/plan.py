@@ -328,7 +328,7 @@ def _why(candidates: Sequence[Candidate], hardware: Hardware, objective: str) ->
     others = len({each.method for each in candidates}) > 1
     safest = "is the safest method that fits" if others else "fits"
     parts = [f"{best.method} {safest} with a microbatch of {best.microbatch}"]
-    if best.precision in PACKED:
+    if best.precision in PACKED and any(each.precision not in PACKED for each in candidates):
         parts.append(f"{best.precision} because the weights do not fit well at {default_precisions(hardware)[0]}")
     if best.optimizer == EIGHT_BIT and any(each.optimizer == ADAMW for each in candidates):
         parts.append("AdamW's states take 8 bits a number because in full they do not fit well")
