@@ -57,7 +57,8 @@ GROUPS = {  # what each group's set-up is taken from
     "fsdp_qlora": "fsdp_qlora, its unsharded runs: every GPU holds all. Dummy data of an exact length, the script's "
     "defaults; layers of today's transformers, the loss of that time.",
     "galore": 'GaLore\'s README: LLaMA 7B pre-trained on an RTX 4090, "bsz=16, 22.8G"; all else from its script. '
-    "What the number counts is not told: held against reserved bytes.",
+    "What the number counts is not told: held against reserved bytes. Under, as a monitor's figure would hold the context "
+    "and what cuSOLVER takes to decompose an 11008 x 4096 matrix, which is not counted; how much of it is not known.",
     "llama_factory": "LLaMA-Factory, QLoRA with FlashAttention 2. Whole GB of something that the page does not define, "
     "held against reserved bytes; a monitor's figure would hold the CUDA context too, half a GiB, and rounding is 8 % "
     "of 6 GB: short runs are under for that or for reasons not found. Batches are taken to be as long as the cut-off; "
@@ -105,19 +106,18 @@ def section() -> str:
     """The looser set-ups as markdown."""
     found = read()
     answers = list(zip(found, rows.traced([(row.harness, row.setup, None) for row in found]), strict=True))
-    scored = [(row, answer) for row, answer in answers if row.outcome == "ran" and row.group != "litgpt-later"]
-    errors = [
-        answer[f"{row.quantity}_bytes"] / row.measured_bytes - 1 for row, answer in scored if "error" not in answer
-    ]
-    sizes = sorted(map(abs, errors))
+    scored = [(row, answer) for row, answer in answers if row.group != "litgpt-later" and "error" not in answer]
+    ran = [(row, answer) for row, answer in scored if row.measured_bytes and row.outcome == "ran"]
+    errors = [(row.group, answer[f"{row.quantity}_bytes"] / (row.measured_bytes or 1) - 1) for row, answer in ran]
+    groups = {group: [error for other, error in errors if other == group] for group in GROUPS}
     failed = [f"- {row.label}: {answer['error']}" for row, answer in answers if "error" in answer]
     lines = [
         "\n### Looser set-ups\n",
         "| rows | n | median | 90 % within | worst | most under | target |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-        f"| all that ran | {len(sizes)} | {statistics.median(sizes):.2%} | {sizes[-(-len(sizes) * 9 // 10) - 1]:.2%} "
-        f"| {sizes[-1]:.2%} | {min(errors):+.2%} | median 5 % |",
-        "\n" + _verdicts(answers),
+        _summary("all that ran", [error for _, error in errors], "median 5 %"),
+        *(_summary(group, own, "") for group, own in groups.items() if own),
+        "\n" + _verdicts(scored),
         *(line for group in GROUPS for line in _table(group, answers)),
         *(["\nFailed:\n", *failed] if failed else []),
         "\nNot rebuilt, and why:\n",
@@ -156,6 +156,14 @@ def superseded(predicted: Mapping[str, float | None]) -> str:
             f"- {each['experiment']}, transformers {each['transformers']}, peft {each['peft']}: {error:+.1%}{why}"
         )
     return "\n".join(lines) + "\n"
+
+
+def _summary(name: str, errors: Sequence[float], target: str) -> str:
+    sizes = sorted(map(abs, errors))
+    return (
+        f"| {name} | {len(sizes)} | {statistics.median(sizes):.2%} | {sizes[-(-len(sizes) * 9 // 10) - 1]:.2%} "
+        f"| {sizes[-1]:.2%} | {min(errors):+.2%} | {target} |"
+    )
 
 
 def _table(group: str, answers: Sequence[tuple[Row, dict[str, Any]]]) -> Iterator[str]:
