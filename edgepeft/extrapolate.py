@@ -121,12 +121,17 @@ def _moments(low: Timeline, high: Timeline) -> Iterator[tuple[tuple[Any, ...], A
         like = segment if segment in low.segments else (what, stack, 0 if layer > 0 else -1, occurrence)
         if like not in low.segments or like not in high.segments:
             continue
-        for part, pairs in _parts(low.bytes, high.bytes, low.segments[like], high.segments[like]):
-            own = part if like == segment else whole
-            for size in SIZES:
+        own = high.segments[like]
+        parts = list(_parts(low.bytes, high.bytes, low.segments[like], own))
+        for size in SIZES:
+            top = high.most(*own, size)
+            for part, pairs in parts:
+                if like != segment and not part[0] <= top <= part[1]:
+                    continue  # it grows as its neighbour does where that holds most
                 slopes = (high.bytes[high.most(*b, size)] - low.bytes[low.most(*a, size)] for a, b in pairs)
                 most = max(slopes, key=lambda slope: float(slope[0].sum() + size * slope[1].sum()))
-                yield segment, high.bytes[high.most(*own, size)], most
+                at = high.most(*(part if like == segment else whole), size)
+                yield segment, high.bytes[at], most
 
 
 def _parts(low: Array, high: Array, one: Span, other: Span) -> Iterator[tuple[Span, list[tuple[Span, Span]]]]:
@@ -144,7 +149,8 @@ def _parts(low: Array, high: Array, one: Span, other: Span) -> Iterator[tuple[Sp
     after = min(_alike(low[a : b + 1][::-1], high[c : d + 1][::-1]), min(b - a, d - c) - before)
     first, last = (a + before, c + before), (b - after, d - after)
     yield (c, first[1]), [((a, first[0]), (c, first[1]))]
-    yield (first[1], last[1]), [((here, here), (there, there)) for here, there in (first, last)]
+    if last[1] - first[1] > 1:
+        yield (first[1], last[1]), [((here, here), (there, there)) for here, there in (first, last)]
     yield (last[1], d), [((last[0], b), (last[1], d))]
 
 
