@@ -21,6 +21,7 @@ from edgepeft.placements.projection import Projection
 from edgepeft.placements.pruned import Pruned
 
 FAMILIES = ("bert", "distilbert", "llama", "gemma2", "gpt2", "t5")
+CLASSIFIERS = FAMILIES[:2]
 
 
 def late_of(made: Backbone) -> tuple[Any, nn.Module]:
@@ -46,7 +47,7 @@ def run(made: Backbone, family: str) -> tuple[list[Tensor], list[Tensor], Tensor
     return outputs, reads, ends[0], ends[1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSIFIERS)
 def test_fusion_is_attention_over_the_layers(family: str) -> None:
     made, _ = tiny.adapted(family, "attention_fusion", last=0.7)
     fusion, _ = late_of(made)
@@ -104,9 +105,11 @@ def test_the_largest_entries_of_each_difference_are_kept() -> None:
     assert [stage.share for stage in method.stages()] == pytest.approx([0.1, 0.9])
 
 
-@pytest.mark.parametrize("name", ["attention_fusion", "lets"])
+LATE = [("attention_fusion", family) for family in CLASSIFIERS] + [("lets", family) for family in FAMILIES]
+
+
 @pytest.mark.parametrize("at", ["fp32", "nf4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "family"), LATE)
 def test_nothing_goes_back_through_the_layers(family: str, at: str, name: str) -> None:
     made, _ = tiny.adapted(family, name, at)
     tiny.randomise(nn.ParameterList(adapter.trained(made.model).values()))
@@ -127,6 +130,15 @@ def test_nothing_goes_back_through_the_layers(family: str, at: str, name: str) -
 
 def test_a_single_layer_has_nothing_to_fuse(tmp_path: Path) -> None:
     tiny.model("llama", num_hidden_layers=1).save_pretrained(tmp_path)
-    made = backbone.load(backbone.resolve(str(tmp_path)), task="causal-lm", at="fp32")
+    made = backbone.load(backbone.resolve(str(tmp_path)), task="classification", at="fp32")
     with pytest.raises(UsageError, match="attention_fusion: there is nothing to fuse"):
         base.apply(tiny.method("attention_fusion"), made)
+
+
+def test_a_decoder_fuses_its_layers_to_classify_and_not_to_generate() -> None:
+    made = backbone.load(backbone.resolve(str(tiny.folder("llama"))), task="classification", at="fp32")
+    base.apply(tiny.method("attention_fusion"), made)
+    assert sum(name.endswith("late.query") for name in adapter.trained(made.model)) == 1
+    for family in ("llama", "t5"):
+        with pytest.raises(UsageError, match="cannot teach a model that generates text"):
+            base.apply(tiny.method("attention_fusion"), tiny.load(family))
