@@ -28,6 +28,7 @@ from edgepeft.ledger import Row
 from edgepeft.methods import base
 from edgepeft.placements import eight_bit
 from edgepeft.plan import Plan
+from edgepeft.planning import positions_left
 from edgepeft.recipe import Recipe
 from edgepeft.surface import EIGHT_BIT
 from edgepeft.workspace import Workspace, fingerprint
@@ -273,18 +274,9 @@ class _Job:
         return {"changed_parameters": found.parameters, "rank_of_change": found.rank}
 
     def _max_tokens(self, wanted: Recipe) -> int:
-        most = backbone.positions(self.config)
-        taken = 0
-        if wanted.method is not None and most is not None:
-            taken = base.create(wanted.method, wanted.options).positions(self.config)
-            most = max(most - taken, 1)
-        if wanted.max_tokens is not None and most is not None and wanted.max_tokens > most:
-            raise UsageError(
-                f"{wanted.model} cannot read {wanted.max_tokens} tokens.",
-                f"It has {most + taken} positions"
-                + (f", of which {wanted.method} needs {taken} for its own." if taken else "."),
-                f"Use --seq-len {most} or less.",
-            )
+        method = None if wanted.method is None else base.create(wanted.method, wanted.options)
+        taken = 0 if method is None else method.positions(self.config)
+        most = positions_left(wanted.model, backbone.positions(self.config), wanted.method, taken, wanted.max_tokens)
         return wanted.max_tokens or min(DEFAULT_TOKENS, most or DEFAULT_TOKENS)
 
     def _describe_data(self) -> None:

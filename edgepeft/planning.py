@@ -79,15 +79,9 @@ def plan_model(
             f"{method} means {implied}, not {precision}.", "", "Leave --precision out, or name the method itself."
         )
     fields, usual = _model(model, trust_remote_code)
-    most = positions(fields)
-    taken = _taken(method, values.get("options", {}), tokens, fields)
-    left = None if most is None else max(most - taken, 1)
-    if tokens is not None and left is not None and tokens > left:
-        raise UsageError(
-            f"{model} cannot read {tokens} tokens.",
-            f"It has {most} positions" + (f", of which {method} needs {taken} for its own." if taken else "."),
-            f"Use --seq-len {left} or less.",
-        )
+    left = positions_left(
+        model, positions(fields), method, _taken(method, values.get("options", {}), tokens, fields), tokens
+    )
     at = precision or implied
     return plan(
         name=model,
@@ -176,6 +170,33 @@ def recipe(
     for setting in settings:
         recipes.assign(values, setting)
     return recipes.create({name: value for name, value in values.items() if value is not None})
+
+
+def positions_left(model: str, most: int | None, method: str | None, taken: int, tokens: int | None) -> int | None:
+    """How many tokens of an example fit into a model's positions; None if they have no end.
+
+    Args:
+        most: positions of the model, of which the method takes ``taken`` for its own tokens.
+        tokens: of an example, as asked for.
+
+    Raises:
+        UsageError: none are left, or fewer than asked for.
+    """
+    if most is None:
+        return None
+    if taken >= most:
+        raise UsageError(
+            f"{method} leaves {model} no room for an example.",
+            f"It takes {taken} positions for its own tokens, and the model has {most}.",
+            f"Give it fewer: `edgepeft methods {method}` has the options.",
+        )
+    if tokens is not None and tokens > most - taken:
+        raise UsageError(
+            f"{model} cannot read {tokens} tokens.",
+            f"It has {most} positions" + (f", of which {method} needs {taken} for its own." if taken else "."),
+            f"Use --seq-len {most - taken} or less.",
+        )
+    return most - taken
 
 
 def _options(settings: Sequence[str], method: str | None) -> dict[str, Any]:

@@ -57,6 +57,10 @@ def test_methods_as_json() -> None:
         (["run", "--model", MINILM, "--data", "none.jsonl", "--out", "out"], ["no file or folder none.jsonl"]),
         (["run", "--model", MINILM, "--data", DATA, "--out", "out", "--set", "lrr=1"], ["no 'lrr'", "lr"]),
         (["run", "--model", MINILM, "--data", DATA, "--out", "out", "--seq-len", "600"], ["cannot read 600", "512"]),
+        (
+            ["plan", "--model", MINILM, "--method", "prompt_tuning", "--set", "options.length=512"],
+            ["no room", "takes 512 positions", "the model has 512"],
+        ),
         (["run", "--model", MINILM, "--data", DATA, "--out", "out", "--gpu", "a100-40gb"], ["no CUDA device"]),
         (
             ["run", "--model", MINILM, "--data", DATA, "--out", "out", "--method", "qlora", "--precision", "bf16"],
