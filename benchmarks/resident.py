@@ -1,6 +1,7 @@
 """What a training process takes of a CPU machine: resident memory at its highest, predicted and measured.
 
-Usage: ``python benchmarks/resident.py``; every case is a process of its own. Written to ``results/plan.md``, part C.
+Usage: ``python benchmarks/resident.py``; every case is a process of its own. Its lines are part C of
+``results/plan.md``.
 """
 
 from __future__ import annotations
@@ -85,13 +86,12 @@ if __name__ == "__main__":
     for job, method, at in cases():
         command = [sys.executable, __file__, job.model, method, at]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if done.returncode:
+        if done.returncode:  # a method that is not for the model says so
             print(job.model, method, at, done.stderr[-300:], file=sys.stderr)
             continue
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         tensors, process = predicted(job, method, at)
-        print(
-            f"| {job.model} {method} {at}, {job.rows} x {job.tokens} | {tensors / MiB:.0f} | {found['bytes'] / MiB:.0f} "
-            f"| {process / MiB:.0f} | {process / found['bytes'] - 1:+.1%} | {found['seconds']:.2f}",
-            flush=True,
-        )
+        numbers = tensors / MiB, found["bytes"] / MiB, process / MiB
+        cells = " | ".join(f"{number:.0f}" for number in numbers)
+        name = f"{job.model} {method} {at}, {job.rows} x {job.tokens}"
+        print(f"| {name} | {cells} | {process / found['bytes'] - 1:+.1%} |", flush=True)

@@ -18,6 +18,7 @@ from edgepeft import recipe as recipes
 from edgepeft import train as training
 from edgepeft.backbone import Backbone, Source
 from edgepeft.candidate import usable_microbatch
+from edgepeft.catalog.fields import positions_left
 from edgepeft.data.tokens import pad_id
 from edgepeft.errors import UsageError
 from edgepeft.evaluate import evaluate
@@ -28,7 +29,6 @@ from edgepeft.ledger import Row
 from edgepeft.methods import base
 from edgepeft.placements import eight_bit
 from edgepeft.plan import Plan
-from edgepeft.planning import positions_left
 from edgepeft.recipe import Recipe
 from edgepeft.surface import EIGHT_BIT
 from edgepeft.workspace import Workspace, fingerprint

@@ -11,7 +11,7 @@ from typing import Any
 from edgepeft import catalog, hardware, traces
 from edgepeft import recipe as recipes
 from edgepeft.candidate import usable_microbatch
-from edgepeft.catalog.fields import positions
+from edgepeft.catalog.fields import positions, positions_left
 from edgepeft.errors import UsageError, nearest
 from edgepeft.hardware import Hardware
 from edgepeft.plan import PRECISIONS, Plan, plan
@@ -170,33 +170,6 @@ def recipe(
     for setting in settings:
         recipes.assign(values, setting)
     return recipes.create({name: value for name, value in values.items() if value is not None})
-
-
-def positions_left(model: str, most: int | None, method: str | None, taken: int, tokens: int | None) -> int | None:
-    """How many tokens of an example fit into a model's positions; None if they have no end.
-
-    Args:
-        most: positions of the model, of which the method takes ``taken`` for its own tokens.
-        tokens: of an example, as asked for.
-
-    Raises:
-        UsageError: none are left, or fewer than asked for.
-    """
-    if most is None:
-        return None
-    if taken >= most:
-        raise UsageError(
-            f"{method} leaves {model} no room for an example.",
-            f"It takes {taken} positions for its own tokens, and the model has {most}.",
-            f"Give it fewer: `edgepeft methods {method}` has the options.",
-        )
-    if tokens is not None and tokens > most - taken:
-        raise UsageError(
-            f"{model} cannot read {tokens} tokens.",
-            f"It has {most} positions" + (f", of which {method} needs {taken} for its own." if taken else "."),
-            f"Use --seq-len {most - taken} or less.",
-        )
-    return most - taken
 
 
 def _options(settings: Sequence[str], method: str | None) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from edgepeft.errors import UsageError
+
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers")
 _POSITIONS = ("max_position_embeddings", "n_positions")
 
@@ -31,3 +33,30 @@ def positions(model: Mapping[str, Any]) -> int | None:
     # RoBERTa counts its positions from pad_token_id + 1
     offset = model.get("pad_token_id", 1) + 1 if kind in ("roberta", "xlm-roberta", "camembert") else 0
     return None if found is None else found - offset
+
+
+def positions_left(model: str, most: int | None, method: str | None, taken: int, tokens: int | None) -> int | None:
+    """How many tokens of an example fit into a model's positions; None if they have no end.
+
+    Args:
+        most: positions of the model, of which the method takes ``taken`` for its own tokens.
+        tokens: of an example, as asked for.
+
+    Raises:
+        UsageError: none are left, or fewer than asked for.
+    """
+    if most is None:
+        return None
+    if taken >= most:
+        raise UsageError(
+            f"{method} leaves {model} no room for an example.",
+            f"It takes {taken} positions for its own tokens, and the model has {most}.",
+            f"Give it fewer: `edgepeft methods {method}` has the options.",
+        )
+    if tokens is not None and tokens > most - taken:
+        raise UsageError(
+            f"{model} cannot read {tokens} tokens.",
+            f"It has {most} positions" + (f", of which {method} needs {taken} for its own." if taken else "."),
+            f"Use --seq-len {most - taken} or less.",
+        )
+    return most - taken
