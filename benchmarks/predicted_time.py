@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import cpu_time
+import survey_table
 import survey_time
 from edgepeft import hardware
 from edgepeft.files import write_text
@@ -22,36 +23,16 @@ RESULTS = Path(__file__).resolve().parent / "results" / "time.md"
 
 
 def report(
-    survey: Mapping[str, Mapping[str, Sequence[float]]], steps: Sequence[Mapping[str, Any]], profile: str
+    survey: Mapping[str, Mapping[str, survey_time.Row]], steps: Sequence[Mapping[str, Any]], profile: str
 ) -> str:
     """Markdown."""
-    lines = [
-        "# Time: predicted and measured",
-        "",
-        "## The survey's training throughput (arXiv 2303.15647v2, table 5)",
-        "",
-    ]
-    lines += [(survey_time.__doc__ or "").strip(), ""]
-    lines.append(" ".join((survey_time.predicted.__doc__ or "").split()))
-    lines.append(
-        "So it is the time to issue one microbatch and one update, whatever the microbatch, and is bound by the "
-        "number of operators. edgepeft's methods are traced; the survey ran AdapterHub's `adapters` and HF peft, whose "
-        "modules issue other operators and Python of their own, which no trace of ours sees. Efficiencies are data "
-        "sheets' and publications' (`edgepeft/roofline.py`); none comes from this table."
-    )
-    for model, rows in survey.items():
-        rank = survey_time.spearman(*zip(*rows.values(), strict=True))
-        met = "met" if rank >= 0.9 else "NOT met"
-        lines += ["", f"**{model}: Spearman {rank:.2f} over {len(rows)} methods; the target of 0.9 is {met}.**", ""]
-        lines += ["| method | measured | predicted |", "|---|---|---|"]
-        ordered = sorted(rows.items(), key=lambda item: -item[1][0])
-        lines += [f"| {row} | {was:.1f} | {found:.1f} |" for row, (was, found) in ordered]
+    lines = ["# Time: predicted and measured", "", survey_table.section(survey)]
     errors = [row["predicted"] / row["measured"] - 1 for row in steps]
     within = sum(abs(error) <= 0.25 for error in errors)
     device = hardware.load(profile)
-    lines += ["", "## Training steps on this CPU", "", (cpu_time.__doc__ or "").strip().split("\n\n")[1], ""]
+    lines += ["## Training steps on this CPU", "", (cpu_time.__doc__ or "").strip().split("\n\n")[1], ""]
     lines.append(
-        f"{device.title}, torch {torch.__version__}; the machine was shared, with a load of 5 to 14. The profile is "
+        f"{device.title}, torch {torch.__version__}; one other process ran beside it. The profile is "
         "tools/probe.py's and measures primitives, not steps. Microbatches: "
         + ", ".join(f"{job.model} {job.rows} x {job.tokens}" for job in cpu_time.JOBS)
         + "."

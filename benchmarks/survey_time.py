@@ -1,4 +1,8 @@
-"""The survey's relative training throughput (arXiv 2303.15647v2, table 5), predicted from traces of its own harness."""
+"""The survey's relative training throughput (arXiv 2303.15647v2, table 5), predicted twice.
+
+- *edgepeft's step*: edgepeft's methods on edgepeft's T5, traced and timed by the roofline as a plan is.
+- *their harness*: the modules that the survey ran (``survey_harness.py``), counted and timed: ``survey_clock.py``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig
 
+import survey_clock
 from edgepeft import catalog, hardware, precision, roofline
 from edgepeft.backbone import skeleton
 from edgepeft.catalog.fields import at_depth
@@ -22,6 +27,7 @@ from edgepeft.trace import fake_device
 TABLE = Path(__file__).with_name("survey_efficiency.csv")
 MODELS = ("t5-large", "t5-3b")
 LAYERS, DEPTHS = 24, (2, 4)
+DEVICE = "a100-40gb"  # section 11 of the survey, for all of these rows
 QUERY_VALUE = {"targets": ("query", "value", "cross_query", "cross_value")}
 
 # The survey's rows as edgepeft's methods. Its prompt tuning is AdapterHub's flat prefix tuning: the count of trained
@@ -70,17 +76,13 @@ def measured(model: str) -> dict[str, float]:
 
 
 def predicted(model: str, row: str, device: Hardware) -> float:
-    """Microbatches a second, averaged over the data sets.
-
-    The authors' script reads the clock when a microbatch begins and again after the optimizer's step, so that what it
-    divides by is the last microbatch of an update and the update (their comment says the result is not right).
-    """
+    """Source tokens a second, averaged over the data sets as ``survey_clock.predicted`` says."""
     method, options = METHODS[row]
     rates = []
     for setting in SETTINGS[model]:
         low, high = (traced(model, method, options, setting, depth) for depth in DEPTHS)
         work = roofline.along(low, high, (LAYERS - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
-        rates.append(1 / roofline.seconds(work, device))
+        rates.append(setting.source / roofline.seconds(work, device))
     return statistics.fmean(rates)
 
 
@@ -118,19 +120,37 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
 
 
-def compare() -> dict[str, dict[str, tuple[float, float]]]:
-    """Model → row → (measured, predicted), both with full tuning as 100."""
-    device = hardware.load("a100-80gb")
-    found: dict[str, dict[str, tuple[float, float]]] = {}
+class Row(NamedTuple):
+    """Training throughput of a method, full tuning being 100."""
+
+    measured: float
+    step: float
+    operators: float
+    clock: float
+
+
+def compare() -> dict[str, dict[str, Row]]:
+    """Model → row → measured and predicted."""
+    device = hardware.load(DEVICE)
+    theirs = survey_clock.predicted(device)
+    found: dict[str, dict[str, Row]] = {}
     for model in MODELS:
-        table = {row: value for row, value in measured(model).items() if METHODS[row][0] in base.names()}
-        rates = {row: predicted(model, row, device) for row in table}
-        found[model] = {row: (table[row], 100 * rate / rates["full"]) for row, rate in rates.items()}
+        table = measured(model)
+        rates = {row: (predicted(model, row, device), *theirs[model][row]) for row in table}
+        full = rates["full"]
+        shares = {row: [100 * a / b for a, b in zip(each, full, strict=True)] for row, each in rates.items()}
+        found[model] = {row: Row(table[row], *shares[row]) for row in table}
     return found
+
+
+def ranks(rows: Mapping[str, Row]) -> Row:
+    """Rank correlation of every column with what was measured."""
+    columns = list(zip(*rows.values(), strict=True))
+    return Row(*(spearman(columns[0], column) for column in columns))
 
 
 if __name__ == "__main__":
     for model, rows in compare().items():
-        for row, (was, is_) in sorted(rows.items(), key=lambda item: -item[1][0]):
-            print(f"{model:9} {row:13} {was:7.1f} {is_:7.1f}")
-        print(model, len(rows), "Spearman", round(spearman(*zip(*rows.values(), strict=True)), 3))
+        for row, each in sorted(rows.items(), key=lambda item: -item[1].measured):
+            print(f"{model:9} {row:13}" + "".join(f"{value:8.1f}" for value in each))
+        print(f"{model:9} {'Spearman':13}" + "".join(f"{value:8.3f}" for value in ranks(rows)))

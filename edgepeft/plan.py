@@ -23,7 +23,7 @@ WORTH = 0.05  # of what a configuration takes; if 8 bits save less they are not 
 TIMES = (
     "Times are estimated from what each class of operators computes and moves, for sequences at full length; "
     "evaluation, checkpoints and reading data are not in them. The survey's methods they put in order with a rank "
-    "correlation of 0.72 on T5-large and 0.87 on T5-3B (benchmarks/results/time.md)."
+    "correlation of 0.72 on T5-large and 0.83 on T5-3B (benchmarks/results/time.md)."
 )
 APART = (
     "Sending between devices is not in them, and networks differ: several devices take longer. The plan covers several "
