@@ -123,7 +123,7 @@ def _key(argument: str, harness: str, libraries: Path | None) -> str:
     code = sorted((FOLDER.parent / "edgepeft").rglob("*.py")) if harness == "reality" else CODE
     for path in (*code, FOLDER / f"{harness}.py"):
         content.update(path.read_bytes())
+    where = sys.path if libraries is None else [str(libraries), *sys.path]
     for name in ("torch", "transformers", "peft", "bitsandbytes"):
-        where = {} if libraries is None else {"path": [str(libraries), *sys.path]}
-        content.update(next(iter(importlib.metadata.distributions(name=name, **where))).version.encode())
+        content.update(next(iter(importlib.metadata.distributions(name=name, path=where))).version.encode())
     return content.hexdigest()

@@ -47,7 +47,8 @@ def test_on_fp32_it_is_bitsandbytes_to_the_bit(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(eight_bit, "CHUNK", 2**14)
     (*decayed, other), (*same, its) = pairs()
-    groups, alike = ([{"params": a, "weight_decay": 0.1}, {"params": [b]}] for a, b in ((decayed, other), (same, its)))
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 0.1}, {"params": [other]}]
+    alike: list[dict[str, Any]] = [{"params": same, "weight_decay": 0.1}, {"params": [its]}]
     ours = eight_bit.AdamW(groups, lr=1e-2)
     theirs = bitsandbytes.optim.AdamW8bit(alike, lr=1e-2, weight_decay=0.0)
     for seed in range(4):

@@ -36,7 +36,7 @@ def tracked(wanted: Configuration, mesh: dist.device_mesh.DeviceMesh) -> tuple[i
     """Peak of forward and backward with optimizer states, and what is held afterwards, as FSDP2's tracker sees it."""
     with precision.emulating(bf16=wanted.bf16), FakeTensorMode():
         method = base.create(wanted.method, wanted.options)
-        backbone: Backbone = probe._skeleton(wanted, wanted.precision, method)
+        backbone: Backbone = probe._skeleton(wanted, wanted.precision, method.pack)
         base.apply(method, backbone)
         model: nn.Module = backbone.model
         model.train()
