@@ -18,6 +18,7 @@ from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # before torch is loaded
 
+import kept  # noqa: E402
 import methods_table  # noqa: E402
 import sweep  # noqa: E402
 import tuned  # noqa: E402
@@ -46,6 +47,8 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     end = time.monotonic() + 60 * given.minutes
     benches = [BENCHES[name] for name in given.bench or BENCHES]
+    for bench in BENCHES.values():
+        kept.restore(bench)
     if not given.report:
         for bench in benches:
             rows = [row for row in bench.rows() if not given.only or row.name in given.only or row.method in given.only]
@@ -53,6 +56,9 @@ def main(argv: list[str]) -> None:
                 if time.monotonic() > end:
                     break
                 _process(server, path, what, arguments, bench.seconds)
+    for bench in BENCHES.values():
+        if (bench.folder / "untuned-0.json").exists():
+            kept.keep(bench)
     methods_table.write()
 
 

@@ -47,22 +47,25 @@ class Line:
 
 
 def write() -> None:
-    """Write ``results/methods.md`` and its plots."""
-    begun = [bench for bench in BENCHES.values() if (bench.folder / "untuned-0.json").exists()]
-    parts = [_text(bench) for bench in begun]
-    parts += [f"## {bench.title}\n\nNo run is finished yet.\n\n" for bench in BENCHES.values() if bench not in begun]
-    on = table.machine()
-    versions = ", ".join(f"{name} {on['versions'][name]}" for name in ("edgepeft", "torch", "transformers"))
+    """Write ``results/methods.md`` and the plots; models without finished runs here keep the section that they have."""
+    home = RESULTS / "methods.md"
+    written = home.read_text(encoding="utf-8").split("\n## ")[1:] if home.exists() else []
+    kept = {section.partition("\n")[0]: f"## {section.rstrip()}\n\n\n" for section in written}
+    parts = [
+        _text(bench)
+        if (bench.folder / "untuned-0.json").exists()
+        else kept.get(bench.title, f"## {bench.title}\n\nNo run is finished yet.\n\n")
+        for bench in BENCHES.values()
+    ]
     write_text(
-        RESULTS / "methods.md",
+        home,
         f"""# Every method on real models
 
 The survey's Table 5 (arXiv 2303.15647v2) again, on models that a CPU can tune: score, trained parameters, memory and
 throughput of every method beside full tuning. `benchmarks/README.md` says what is counted how and how to go on.
 
-- {on["date"]}: {on["processor"]}, cores: {on["cores"]}, one thread a run; Python {on["python"]}, {versions}
-- the machine was shared with other work throughout (its load between 5 and 23), so throughput is in processor seconds,
-  in turn with full tuning; full tuning of bf16 weights rounds every update at random, which is much of its time
+- one thread a run; the machine was shared with other work: throughput is in processor seconds, in turn with full tuning
+- full tuning of bf16 weights rounds every update at random, which is much of its time
 
 {"".join(parts)}""",
     )
@@ -81,7 +84,11 @@ def _text(bench: Bench) -> str:
     bar = _bar(bench, lines)
     shown = sorted((line for line in lines if line.results and not _refused(line)), key=_order)
     plots = _plots(bench, lines, bar)
+    on = table.machine()
+    versions = ", ".join(f"{name} {on['versions'][name]}" for name in ("edgepeft", "torch", "transformers"))
     return f"""## {bench.title}
+
+{on["date"]}: {on["processor"]}, cores: {on["cores"]}; Python {on["python"]}, {versions}.
 
 {bench.updates} updates of {bench.batch} examples of up to {bench.tokens} tokens, {bench.precision} weights. The score
 is the mean over seeds on {SCORED} validation examples; the rate was chosen on {DEV} others.
