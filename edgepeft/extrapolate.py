@@ -20,7 +20,7 @@ from edgepeft.catalog.fields import at_depth, depth
 from edgepeft.cross_entropy import chunks
 from edgepeft.methods import base
 from edgepeft.precision import is_packed
-from edgepeft.probe import Recording, recordings, refuse_whole
+from edgepeft.probe import Recording, recordings, refuse
 from edgepeft.roofline import Work, along
 from edgepeft.surface import KINDS, PASSING, WORKING, Configuration, Moment, Surface
 
@@ -65,7 +65,7 @@ def surfaces(configuration: Configuration, checkpointing: Sequence[bool]) -> lis
     shallow = method.depths()
     depths = shallow if full > shallow[1] and full % 2 == 0 else (full,)
     if method.counts_layers and len(depths) > 1:
-        refuse_whole(configuration, method)
+        refuse(configuration.model, configuration.task, method)
     # Larger tells better; but an answer's logits are made in chunks, all of which have to be followed.
     size = _prime(configuration, 101 if configuration.task == "classification" else max(saturated, 11))
     if len(checkpointing) > 1 and len(method.stages()) > 1:

@@ -84,6 +84,9 @@ class _Job:
                 schedule.check(self.recipe, method)
             if until == "export":
                 method.check_export()
+            if not self.space.recipe.exists():  # a run that has one was planned
+                task = data.task_of(wanted.data, task=wanted.task, columns=wanted.columns, validation=wanted.validation)
+                probe.refuse(probe.as_fields(self.config), task, method)
         self.data = data.load(
             self.recipe.data,
             tokenizer=self.tokenizer,

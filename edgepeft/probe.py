@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 from edgepeft import precision, work
 from edgepeft import step as training
 from edgepeft.backbone import Backbone, Packing, skeleton
+from edgepeft.catalog.fields import at_depth, depth
 from edgepeft.evaluate import sample_logits, totals
 from edgepeft.merge import COMPARED, to_full_precision
 from edgepeft.methods import base
@@ -69,7 +70,8 @@ def recordings(configuration: Configuration, checkpointing: Sequence[bool], *, w
         found = Recording(tracker, {})
         method = base.create(configuration.method, configuration.options)
         with _phase(found, "loading"):
-            backbone = _skeleton(configuration, configuration.precision, _noted(method.pack, found))
+            wanted = (configuration.model, configuration.task, configuration.precision)
+            backbone = _skeleton(*wanted, _noted(method.pack, found), configuration.labels)
         own = {name for name, _ in backbone.model.named_parameters()}
         with _converting():
             base.apply(method, backbone)
@@ -89,14 +91,16 @@ def recordings(configuration: Configuration, checkpointing: Sequence[bool], *, w
         return [_only(found, again) for again in checkpointing]
 
 
-def refuse_whole(configuration: Configuration, method: Method) -> None:
-    """Say what speaks against a method on a model of its full depth, where shallower ones are traced.
+def refuse(model: Mapping[str, Any], task: str, method: Method) -> None:
+    """Say what speaks against a method on a model, from as many of its layers as decide that.
 
     Raises:
         UsageError: the method does not fit it.
     """
-    with torch.device("meta"), _quietly():
-        base.apply(method, _skeleton(configuration, "bf16", method.pack))
+    full = depth(model)
+    layers = full if method.counts_layers else min(full, method.depths()[0])
+    with fake_device(cuda=False), _quietly(), _converting():
+        base.apply(method, _skeleton(at_depth(model, layers), task, "bf16", method.pack))
 
 
 def _only(found: Recording, checkpointing: bool) -> Recording:
@@ -119,10 +123,10 @@ def as_fields(config: PretrainedConfig) -> dict[str, Any]:
     return json.loads(config.to_json_string(use_diff=False))
 
 
-def _skeleton(configuration: Configuration, at: str, pack: Packing) -> Backbone:
-    fields = copy.deepcopy(dict(configuration.model))
+def _skeleton(model: Mapping[str, Any], task: str, at: str, pack: Packing, labels: int = 2) -> Backbone:
+    fields = copy.deepcopy(dict(model))
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    return skeleton(config, task=configuration.task, at=at, labels=configuration.labels, pack=pack)
+    return skeleton(config, task=task, at=at, labels=labels, pack=pack)
 
 
 def _noted(pack: Packing, found: Recording) -> Packing:

@@ -116,6 +116,18 @@ def test_a_different_run_is_refused_and_nothing_is_lost(tuned: Path) -> None:
     assert (tuned / "device" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("cross_attention", {}), ("phm_adapter", {"n": 5}), ("top_layers", {"layers": 7}), ("spot", {})],
+)
+def test_a_method_that_does_not_fit_the_model_is_refused_before_the_data_is_tokenised(
+    method: str, options: dict[str, int], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"^{method} "):
+        pipeline.run(classifier(method=method, options=options, lr=None), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_adapter_is_named(tuned: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(tuned, copy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgepeft.data.build import Data, load
+from edgepeft.data.build import Data, load, task_of
 from edgepeft.data.split import Example, Split
 
-__all__ = ["Data", "Example", "Split", "load"]
+__all__ = ["Data", "Example", "Split", "load", "task_of"]

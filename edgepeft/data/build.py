@@ -40,6 +40,17 @@ class Data:
     template: dict[str, Any]
 
 
+def task_of(
+    source: str, *, task: str | None = None, columns: Mapping[str, str] | None = None, validation: str | None = None
+) -> str:
+    """The task of a data set, from its first row alone; the arguments are those of ``load``.
+
+    Raises:
+        UsageError: the data cannot be used for any task, or for the one that was asked for.
+    """
+    return _opened(source, validation, task, columns)[2].task
+
+
 def load(
     source: str,
     *,
@@ -71,9 +82,7 @@ def load(
         UsageError: the data cannot be used as it is; the message names file, row and column.
         EdgePeftError: the chat template cannot be carried to the device, or the disk is full.
     """
-    training, validating = sources(source, validation)
-    _, first = training.first()
-    layout = recognise(training.name, first.keys(), task=task, columns=columns or {})
+    training, validating, layout = _opened(source, validation, task, columns)
     check(tokenizer, layout.task, max_tokens, max_target_tokens, validation_fraction)
     settings = {
         "format": FORMAT,
@@ -106,6 +115,14 @@ def load(
         for split in ("train", "validation")
     )
     return Data(layout.task, tuple(known["labels"]), train, held_out, known["template"])
+
+
+def _opened(
+    source: str, validation: str | None, task: str | None, columns: Mapping[str, str] | None
+) -> tuple[Source, Source | None, Layout]:
+    training, validating = sources(source, validation)
+    _, first = training.first()
+    return training, validating, recognise(training.name, first.keys(), task=task, columns=columns or {})
 
 
 def _parts(
