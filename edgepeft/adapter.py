@@ -67,16 +67,48 @@ def read_card(directory: Path) -> Card:
     """What the adapter in ``directory`` belongs to.
 
     Raises:
-        UsageError: there is no adapter.
+        UsageError: there is no adapter, or it is of a version that writes what this one does not know.
+        EdgePeftError: the card is damaged.
     """
+    path = directory / CARD
     try:
-        values = json.loads((directory / CARD).read_text(encoding="utf-8"))
-        labels = values.pop("labels")
-        return Card(labels=None if labels is None else tuple(labels), **values)
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"There is no adapter in {directory}.", f"{CARD} is missing.", "Train one first.") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise EdgePeftError(f"{directory / CARD} is damaged.", str(error), "Train again.") from error
+    except ValueError as error:
+        raise EdgePeftError(f"{path} is damaged.", str(error), "Train again.") from error
+    if wrong := _wrong(values):
+        raise EdgePeftError(f"{path} is damaged.", wrong, "Train again.")
+    if unknown := sorted(values.keys() - _CARD.keys()):
+        raise UsageError(
+            f"The adapter in {directory} is of another version.",
+            f"Its {CARD} has {unknown[0]!r}, which edgepeft {__version__} does not know; it was written by edgepeft "
+            f"{values.get('edgepeft')}.",
+            "Use that version, or train again with this one.",
+        )
+    labels = values.pop("labels")
+    return Card(labels=None if labels is None else tuple(labels), **values)
+
+
+# What the card's entries are in JSON.
+_CARD: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("method", "model", "task", "precision", "edgepeft"), (str,)),
+    "options": (dict,),
+    "labels": (list, type(None)),
+    "seed": (int,),
+}
+
+
+def _wrong(values: Any) -> str:
+    """Why a card is none, if it is none."""
+    if not isinstance(values, dict):
+        return "It is no JSON object."
+    for name, kinds in _CARD.items():
+        if name not in values and name != "edgepeft":
+            return f"It has no {name!r}."
+        if name in values and not isinstance(values[name], kinds):
+            return f"Its {name!r} is {values[name]!r}."
+    return ""
 
 
 def check(directory: Path, method: Method, model: str) -> None:
@@ -120,7 +152,8 @@ def load(directory: Path, model: nn.Module) -> None:
     """Put a saved adapter into a model that its method was injected into.
 
     Raises:
-        EdgePeftError: the file is damaged, or belongs to another backbone or method; all differences are named.
+        EdgePeftError: the file is damaged.
+        UsageError: it belongs to another backbone or method; all differences are named.
     """
     copy_into(state(model), read_tensors(directory / TENSORS), str(directory))
 
@@ -146,7 +179,7 @@ def copy_into(parameters: dict[str, Tensor], tensors: dict[str, Tensor], where: 
     """Copy ``tensors`` into ``parameters`` of the same names.
 
     Raises:
-        EdgePeftError: names or shapes differ.
+        UsageError: names or shapes differ.
     """
     missing = sorted(parameters.keys() - tensors.keys())
     foreign = sorted(tensors.keys() - parameters.keys())
@@ -157,7 +190,7 @@ def copy_into(parameters: dict[str, Tensor], tensors: dict[str, Tensor], where: 
     )
     if missing or foreign or shapes:
         problems = (("missing", missing), ("not in the model", foreign), ("of another shape", shapes))
-        raise EdgePeftError(
+        raise UsageError(
             f"The adapter in {where} does not belong to this model.",
             "; ".join(f"{len(names)} tensors {what}, such as {names[0]}" for what, names in problems if names) + ".",
             "Load it onto the backbone and with the method it was trained with; its adapter.json names them.",

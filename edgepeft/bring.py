@@ -7,10 +7,11 @@ from pathlib import Path
 
 from edgepeft import adapter, interop
 from edgepeft import recipe as recipes
-from edgepeft.data import Data
+from edgepeft.data import Data, task_of
 from edgepeft.errors import UsageError
 from edgepeft.files import atomic_directory
 from edgepeft.interop.folder import CONFIG
+from edgepeft.methods import base
 from edgepeft.peft_config import PREFIX
 from edgepeft.recipe import Recipe
 from edgepeft.workspace import Workspace, fingerprint
@@ -30,7 +31,7 @@ def begin(source: Path, out: Path, *, data: str, model: str | None = None) -> tu
         What a user of the new folder should know.
 
     Raises:
-        UsageError: it is no adapter, or one that edgepeft cannot express.
+        UsageError: it is no adapter, or one that edgepeft cannot express, or the data is not there or of another task.
         EdgePeftError: it is damaged.
     """
     with atomic_directory(out) as folder:
@@ -41,6 +42,7 @@ def begin(source: Path, out: Path, *, data: str, model: str | None = None) -> tu
         else:
             where = source / "adapter" if (source / "adapter").is_dir() else source
             adapter.read_card(where)
+            interop.keep_backbone(where, model)
             shutil.copytree(where, space.adapter)
         card = adapter.read_card(space.adapter)
         if card.method.startswith(PREFIX):
@@ -49,6 +51,8 @@ def begin(source: Path, out: Path, *, data: str, model: str | None = None) -> tu
                 "They are made again from its run's recipe, which names their configuration.",
                 "Merge and export the run itself: edgepeft merge RUN, edgepeft export RUN.",
             )
+        base.create(card.method, card.options)
+        task_of(data, task=card.task)
         chosen = Recipe(
             model=card.model,
             data=data,

@@ -64,7 +64,7 @@ def test_an_adapter_moves_between_precisions(saved: Path, at: str) -> None:
 def test_an_adapter_of_something_else(saved: Path, name: str, options: dict[str, Any], part: str) -> None:
     made, _ = tiny.adapted("bert", name, **options)
     before = {n: p.detach().clone() for n, p in adapter.trained(made.model).items()}
-    with pytest.raises(EdgePeftError, match="does not belong to this model") as caught:
+    with pytest.raises(UsageError, match="does not belong to this model") as caught:
         adapter.load(saved, made.model)
     assert part in caught.value.cause
     assert all(torch.equal(p, before[n]) for n, p in adapter.trained(made.model).items())
@@ -88,6 +88,27 @@ def test_an_adapter_of_another_backbone_or_version_is_refused(
     with pytest.raises(UsageError, match="does not belong to this run") as caught:
         adapter.check(saved, wanted, model)
     assert part in caught.value.cause and caught.value.remedy
+
+
+def test_a_card_that_says_more_than_this_version_knows_is_of_another_one(saved: Path) -> None:
+    card = json.loads((saved / adapter.CARD).read_text())
+    (saved / adapter.CARD).write_text(json.dumps({**card, "edgepeft": "9.1", "revision": "main"}))
+    with pytest.raises(UsageError, match="of another version") as caught:
+        adapter.read_card(saved)
+    assert "'revision'" in caught.value.cause and "9.1" in caught.value.cause and caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("changed", "part"),
+    [({"options": []}, "'options' is \\[\\]"), ({"labels": "ab"}, "'labels' is 'ab'"), ({"seed": None}, "'seed'")],
+)
+def test_a_card_of_other_types_is_damaged(saved: Path, changed: dict[str, Any], part: str) -> None:
+    card = json.loads((saved / adapter.CARD).read_text())
+    for content in (json.dumps({**card, **changed}), json.dumps([card])):
+        (saved / adapter.CARD).write_text(content)
+        with pytest.raises(EdgePeftError, match=rf"is damaged[\s\S]*({part}|no JSON object)") as caught:
+            adapter.read_card(saved)
+        assert not isinstance(caught.value, UsageError)
 
 
 def test_an_adapter_from_before_an_option_is_one_with_its_default(saved: Path) -> None:

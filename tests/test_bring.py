@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
-from edgepeft import cli, ledger
+from edgepeft import adapter, cli, ledger
 from edgepeft.errors import UsageError
 
 LORA: dict[str, Any] = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -70,4 +71,28 @@ def test_what_peft_trained_in_its_own_layers_is_not_brought(tmp_path: Path) -> N
     (tmp_path / "adapter" / "adapter.safetensors").touch()
     refused = edgepeft("adapter", tmp_path / "adapter", tmp_path / "run", "--data", "data.jsonl").exception
     assert isinstance(refused, UsageError) and "edgepeft merge RUN" in str(refused)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("card", "arguments", "told"),
+    [
+        ({}, ("--data", "nowhere.jsonl"), "There is no file or folder nowhere.jsonl."),
+        ({"task": "seq2seq"}, (), "The data does not fit the task seq2seq."),
+        ({"method": "lorax"}, (), "There is no method 'lorax'."),
+        ({"options": {"spectral": True}}, (), "lora has no option 'spectral'."),
+        ({}, ("--model", "gpt2"), "--model goes with an adapter of PEFT's."),
+    ],
+)
+def test_what_could_not_be_merged_is_refused_at_once(
+    card: dict[str, Any], arguments: tuple[str, ...], told: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    tuned, method = tiny.adapted("llama", "lora")
+    known = adapter.card(method, model="m", task="causal-lm", precision="fp32", labels=None, seed=0)
+    adapter.save(folder, tuned.model, known)
+    (folder / adapter.CARD).write_text(json.dumps({**dataclasses.asdict(known), **card}), encoding="utf-8")
+    data = training.source("causal-lm") / "data.jsonl"
+    refused = edgepeft("adapter", folder, tmp_path / "run", "--data", data, *arguments).exception
+    assert isinstance(refused, UsageError) and refused.fact == told and refused.remedy
     assert not (tmp_path / "run").exists()

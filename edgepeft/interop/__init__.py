@@ -46,11 +46,25 @@ def convert(source: Path, target: Path, model: str | None = None) -> tuple[str, 
             f"It holds neither {adapter.CARD} (edgepeft's) nor {CONFIG} (PEFT's).",
             "Give the folder of a run that was trained, of its adapter, or one that PEFT's save_pretrained wrote.",
         )
-    if model is not None:
-        raise UsageError("--model goes with an adapter of PEFT's.", f"The card in {folder} names its own.", "")
+    keep_backbone(folder, model)
     if (folder / CONFIG).exists():  # what PEFT itself changed (``foreign``) has its files beside the card
         with atomic_directory(target) as made:
             for name in (CONFIG, WEIGHTS):
                 shutil.copyfile(folder / name, made / name)
         return ()
     return write(folder, target)
+
+
+def keep_backbone(folder: Path, model: str | None) -> None:
+    """Refuse another backbone for an adapter of edgepeft's.
+
+    Raises:
+        UsageError: ``model`` names one.
+    """
+    if model is not None:
+        own = adapter.read_card(folder).model
+        raise UsageError(
+            "--model goes with an adapter of PEFT's.",
+            f"The card in {folder} names the backbone it was trained on, {own}.",
+            "Leave --model out.",
+        )

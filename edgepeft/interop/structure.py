@@ -67,7 +67,7 @@ def check(made: Backbone, tensors: dict[str, Tensor], apart: set[str], where: st
         apart: parameters of the plain model among them.
 
     Raises:
-        EdgePeftError: the adapter does not belong to it.
+        UsageError: the adapter does not belong to it.
     """
     parameters = dict(made.model.named_parameters())
     adapter.copy_into(base.state(made.model) | {name: parameters[name] for name in apart}, tensors, where)

@@ -23,8 +23,9 @@ def write(folder: Path, target: Path) -> tuple[str, ...]:
         What a user of the new folder should know.
 
     Raises:
-        UsageError: PEFT's format has no place for this method or one of its options.
-        EdgePeftError: the adapter is damaged, or is none of the backbone that it names.
+        UsageError: PEFT's format has no place for this method or one of its options, or the adapter is none of the
+            backbone that it names.
+        EdgePeftError: the adapter is damaged.
     """
     card = adapter.read_card(folder)
     tensors = folders.tensors(folder / adapter.TENSORS)
