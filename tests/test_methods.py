@@ -23,7 +23,7 @@ from edgepeft.methods.base import Method, NotMergeable
 from edgepeft.runtime import decode
 from edgepeft.runtime.sessions import open_graphs
 
-UPDATES = 12
+UPDATES = 16
 ROUNDING = 1e-5  # relative to the largest logit
 NAMES = base.names()
 EVERYWHERE = [(name, family) for name in NAMES for family in FAMILIES]
