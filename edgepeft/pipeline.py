@@ -190,10 +190,10 @@ class _Job:
         self._after_training()
         if self.data.labels and (note := bring.check_labels(self.space, self.data)):
             self.say(note)
-        self._measure_base(self._load(self._needs("precision")))
-        found = evaluate(
+        found = evaluate(  # first: an adapter that does not belong to the model is refused before work begins
             self._trained(self._needs("precision")).model, training.validation_batches(self.data, self.recipe)
         )
+        self._measure_base(self._load(self._needs("precision")))
         ledger.record(self.space.ledger, Row(artefact="adapter", metrics=found, bytes=size_bytes(self.space.adapter)))
         self.say(f"adapter: trained elsewhere; {_shown(found)}")
 

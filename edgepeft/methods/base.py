@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
@@ -316,7 +317,7 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> Method:
             raise UsageError(
                 f"{name} cannot work with {option} = {value!r}.",
                 f"It must be {_EXPECTED[type(default)]}.",
-                f"Its default is {default!r}; `edgepeft methods {name}` says what it is.",
+                f"Its default is {json.dumps(default)}; `edgepeft methods {name}` says what it is.",
             )
     return method(**(options or {}))
 
