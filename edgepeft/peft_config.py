@@ -24,6 +24,10 @@ _TYPES = {
         "What its schedule of ranks has seen is in no tensor of PEFT's: no run could go on from a checkpoint.",
         "Use --method adalora; `edgepeft adapter` writes it for PEFT.",
     ),
+    "ADAMSS": (
+        "How many numbers it trains follows from a clustering of the weights (scikit-learn's), and the plan has none.",
+        "Installing scikit-learn does not help. Use another type (docs/peft.md), or --method lora.",
+    ),
     "SHADOW": ("It sends a second state through the layers, which the plan cannot follow.", "Use --method lst."),
     "XLORA": ("It mixes adapters that other runs trained.", "Train one of those."),
 }

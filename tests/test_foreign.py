@@ -135,6 +135,7 @@ def test_a_file_that_peft_wrote_is_taken_with_all_its_defaults(tmp_path: Path) -
         ({**LORA, "megatron_config": {"a": 1}, "megatron_core": "os"}, "imports a module"),
         ({**LORA, "layer_replication": [[0, 2], [1, 2]]}, "depth"),
         ({"peft_type": "ADALORA", "total_step": 9}, "--method adalora"),
+        ({"peft_type": "ADAMSS", "target_modules": ["q_proj"]}, "Installing scikit-learn does not help."),
         (
             {
                 **{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "prompt_tuning_init": "TEXT"},
