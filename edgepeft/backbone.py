@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from edgepeft import anatomy, catalog, precision
+from edgepeft import anatomy, catalog, heap, precision
 from edgepeft.catalog import fields
 from edgepeft.errors import EdgePeftError, UsageError, beside, nearest
 
@@ -155,6 +155,7 @@ def positions(configuration: PretrainedConfig) -> int | None:
     return fields.positions(configuration.to_dict())
 
 
+@heap.without_holes()
 def load(
     source: Source,
     *,
@@ -199,6 +200,8 @@ def load(
         model.config.pad_token_id = padding
     missing, misshapen = set(info["missing_keys"]), {name for name, *_ in info["mismatched_keys"]}
     made = _prepare(model, task, at, device, missing | misshapen | _head_parameters(model, task), pack)
+    if precision.is_packed(at) and device == "cpu":
+        _let_go_of_files(model)
     if task == "classification":  # the checkpoint of a language model has no head, and may have no pooler
         misshapen -= _head_parameters(model, task)
         missing = {name for name in missing if any(name.startswith(f"{b.path}.") for b in made.anatomy.blocks)}
@@ -308,6 +311,12 @@ def _prepare(
     if device is not None:
         model.to(device)
     return Backbone(model, parts, task, at, frozenset(fresh))
+
+
+def _let_go_of_files(model: nn.Module) -> None:
+    """Copy what was not packed: on a CPU it is a view of a mapped file, all of which stays in memory with it."""
+    for parameter in model.parameters():  # packed weights are buffers
+        parameter.data = parameter.data.clone()
 
 
 def _untie_as_published(model: Any) -> None:
