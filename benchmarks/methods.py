@@ -24,7 +24,6 @@ import sweep  # noqa: E402
 import tuned  # noqa: E402
 from edgepeft.errors import EdgePeftError, UsageError  # noqa: E402
 from edgepeft.files import write_json  # noqa: E402
-from edgepeft.methods import base  # noqa: E402
 from tuning import BENCHES, HEAD_ONLY, OTHERS, STATE, Bench, Row  # noqa: E402
 
 PROMPTED = ("spot", "ipt")  # start from the prompts of other tasks, which are trained before their first run
@@ -80,7 +79,7 @@ def runs(bench: Bench, rows: list[Row]) -> Iterator[Run]:
                     yield from _missing(bench.folder / f"prompt-{other}.json", tuned.prompt, bench.name, other)
             if len(wanted) > number:
                 factor, seed = wanted[number]
-                rate = factor * bench.scale * base.find(row.method).learning_rate
+                rate = sweep.rate(bench, row, factor)
                 yield from _missing(sweep.path_of(bench, row, factor, seed), tuned.tune, bench.name, row, rate, seed)
 
 

@@ -7,16 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgepeft.methods import base
 from tuning import Bench, Row
 
 FACTORS = (3.0, 10.0, 1.0)  # of the method's own rate; papers train for longer than here, so not below it at first
 BEYOND = {1.0: 0.3, 10.0: 30.0}  # tried when the best is at an end
+BEFORE = {"adalora": 2e-3, "adamix": 1e-3, "phm_adapter": 1e-3}  # methods' own rates, changed since runs were made
 Key = tuple[float, int]  # factor and seed
 
 
 def path_of(bench: Bench, row: Row, factor: float, seed: int) -> Path:
     """Where a run's result is, or will be."""
     return bench.folder / row.name / f"lr-x{factor:g}-seed-{seed}.json"
+
+
+def rate(bench: Bench, row: Row, factor: float) -> float:
+    """The learning rate of a row's runs at a factor."""
+    return factor * bench.scale * BEFORE.get(row.method, base.find(row.method).learning_rate)
 
 
 def found(bench: Bench, row: Row) -> dict[Key, dict[str, Any]]:

@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import sweep  # noqa: E402
+import tuning  # noqa: E402
+from edgepeft.methods import base  # noqa: E402
 
 Losses = dict[float, float]
 
@@ -17,6 +21,12 @@ def runs(losses: Losses, *, seeds: tuple[float, ...] = ()) -> dict[sweep.Key, di
     """Finished runs at seed 0 with these losses by factor, and runs at seed 1 of ``seeds``."""
     found: dict[sweep.Key, dict[str, Any]] = {(factor, 0): {"dev": {"loss": loss}} for factor, loss in losses.items()}
     return found | {(factor, 1): {"dev": {"loss": 0.0}} for factor in seeds}
+
+
+def test_a_factor_means_the_rate_that_it_meant_when_runs_were_made() -> None:
+    bench = tuning.BENCHES["smollm2"]
+    assert sweep.rate(bench, tuning.Row("lora", "bf16"), 3.0) == 3 * bench.scale * base.find("lora").learning_rate
+    assert sweep.rate(bench, tuning.Row("adalora", "bf16"), 3.0) == pytest.approx(6e-3 * bench.scale)
 
 
 def test_three_rates_come_first() -> None:

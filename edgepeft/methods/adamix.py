@@ -44,7 +44,8 @@ class AdaMix(Method):
     Each microbatch is read twice, with other experts the second time; the predictions are drawn together by half the
     sum of their two Kullback-Leibler divergences. What is evaluated and exported is one adapter, the experts' average.
     The authors' script has all experts share one up-projection; here each has its own, as the survey describes it, and
-    all begin as copies of one.
+    all begin as copies of one. The learning rate is that script's for BERT-base (bert_base_mnli_expert_soup.sh of
+    microsoft/AdaMix), whose adapters are as narrow as these; for RoBERTa-large it is 3e-4.
     """
 
     paper = Paper("AdaMix: Mixture-of-Adaptations for Parameter-efficient Model Tuning", 2022, "2205.12410")
@@ -54,6 +55,7 @@ class AdaMix(Method):
     identity_at_start = False
     overhead = "a bottleneck in a layer"
     saves = ("disk",)  # two passes are in memory at once
+    learning_rate = 4e-4
 
     reduction: int = 16
     """How many times narrower a bottleneck is than the backbone; 16 is the paper's for BERT-base."""

@@ -19,6 +19,9 @@ class FAR(Method):
     The first stage, priming, fine-tunes all of these layers. Then the learner nodes of each, those with the largest L1
     distance from the backbone, go on from where they are; all others are the backbone's again, and frozen. What is
     trained is multiplied apart, and takes its place among the outputs.
+
+    The paper's learning rate could not be looked up, and no code of its authors' is known. This one is the highest that
+    BERT's authors try in full fine-tuning (arXiv 1810.04805, appendix A.3), which FAR is of some of the nodes.
     """
 
     paper = Paper("Efficient Fine-Tuning of BERT Models on the Edge", 2022, "2205.01541")

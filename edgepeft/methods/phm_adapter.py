@@ -17,7 +17,8 @@ class PHMAdapter(Method):
     """h → h + up(gelu(down(h))) after both sub-layers; a projection of d × k has d k / n + n³ parameters.
 
     The adapter that Compacter is measured against in its paper (arXiv 2106.04647), of which placement, activation and
-    initialisation are.
+    initialisation are. The learning rate is that of its authors' script, phm_adapters.json of rabeehk/compacter, whose
+    ``n`` is 12, which divides fewer models' widths.
     """
 
     paper = Paper(
@@ -31,6 +32,7 @@ class PHMAdapter(Method):
     obstacle = bottleneck.OBSTACLE
     overhead = "two bottlenecks in a layer"
     narrow = {"reduction": 8, "n": 2}
+    learning_rate = 3e-3
 
     reduction: int = 32
     """How many times narrower a bottleneck is than the backbone."""
