@@ -9,6 +9,7 @@ from edgepeft import roofline
 from edgepeft.hardware import Hardware
 from edgepeft.surface import ADAMW, TRAINING, WORKING, Configuration, Surface
 
+DDP, FSDP = "ddp", "fsdp"  # how several devices share the work: each holds all, or a part
 LARGEST_MICROBATCH = 1024
 CPU_PROCESS_BYTES = 540 << 20  # measured: 505 MiB of imports, 35 MiB of kernels' code and scratch
 HEAP = 1.3  # an allowance: glibc kept 18 to 36 % beyond tensors in what was measured (benchmarks/results/plan.md)
@@ -44,7 +45,7 @@ class Candidate:
     update_seconds: float | None = None
     tokens_per_second: float | None = None
     strategy: str = ""
-    """How several devices share the work: ddp or fsdp; nothing on one. All numbers but the speed are one device's."""
+    """DDP or FSDP; nothing on one device. All numbers but the speed are those of one device of several."""
 
     @property
     def step_bytes(self) -> int:

@@ -122,6 +122,7 @@ def run(
     data: DataOption = None,
     recipe: flags.Recipe = None,
     gpu: flags.Gpu = None,
+    gpus: flags.Gpus = None,
     task: flags.Task = None,
     method: flags.Method = None,
     precision: flags.Precision = None,
@@ -133,7 +134,7 @@ def run(
     as_json: flags.Json = False,
 ) -> None:
     """Plan, train, merge, export, verify and package. The same command goes on where an earlier one stopped."""
-    flagged = model, data, gpu, task, method, precision, optimizer, seq_len, target_len, global_batch
+    flagged = model, data, gpu, gpus, task, method, precision, optimizer, seq_len, target_len, global_batch
     values = _values(recipe, settings, *flagged)
     _run(values, out, "export", as_json)
 
@@ -145,6 +146,7 @@ def train(
     data: DataOption = None,
     recipe: flags.Recipe = None,
     gpu: flags.Gpu = None,
+    gpus: flags.Gpus = None,
     task: flags.Task = None,
     method: flags.Method = None,
     precision: flags.Precision = None,
@@ -156,7 +158,7 @@ def train(
     as_json: flags.Json = False,
 ) -> None:
     """Plan and train only."""
-    flagged = model, data, gpu, task, method, precision, optimizer, seq_len, target_len, global_batch
+    flagged = model, data, gpu, gpus, task, method, precision, optimizer, seq_len, target_len, global_batch
     values = _values(recipe, settings, *flagged)
     _run(values, out, "train", as_json)
 
@@ -230,6 +232,7 @@ def _values(
     model: str | None,
     data: str | None,
     gpu: str | None,
+    gpus: int | None,
     task: str | None,
     method: str | None,
     precision: str | None,
@@ -246,6 +249,7 @@ def _values(
         "model": model,
         "data": data,
         "hardware": gpu,
+        "devices": gpus,
         "task": task,
         "method": method,
         "precision": precision,
@@ -257,6 +261,10 @@ def _values(
     values |= {name: value for name, value in flags.items() if value is not None}
     for setting in settings or []:
         recipes.assign(values, setting)
+    if gpus is not None:
+        from edgepeft import hardware, planning
+
+        planning.check_devices(gpus, hardware.load(values.get("hardware", hardware.AUTO)))
     return values
 
 

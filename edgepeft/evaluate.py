@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from edgepeft.cross_entropy import chunks
+from edgepeft.ranks import ALONE, Ranks
 from edgepeft.step import Batch, answer_states, inputs, targets
 
 PRIMARY = {"classification": "accuracy", "causal-lm": "loss", "seq2seq": "loss"}
@@ -24,33 +25,36 @@ def better(task: str, metrics: dict[str, float], best: dict[str, float] | None) 
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Sequence[Batch], ranks: Ranks = ALONE) -> dict[str, float]:
     """Mean cross-entropy in nats (``loss``) and the share of right labels (``accuracy``) or of right next answer tokens
     (``token_accuracy``). The model is left in the mode it was in.
+
+    Args:
+        batches: of all ranks, each of which runs its part.
     """
-    loss, right, count, kind = totals(model, batches)
-    return {"loss": float(loss) / count, kind: float(right) / count}
+    found = torch.stack(totals(model, ranks.mine(batches))).to(ranks.device)
+    ranks.sum([found])
+    count = sum(targets(batch).numel() for batch in batches)
+    kind = "accuracy" if "labels" in batches[0] else "token_accuracy"
+    return {"loss": float(found[0]) / count, kind: float(found[1]) / count}
 
 
 @torch.no_grad()
-def totals(model: nn.Module, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor, int, str]:
-    """The summed cross-entropy, how many targets were right, of how many, and the name of their share.
+def totals(model: nn.Module, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed cross-entropy and how many targets were right, fp64 scalars on the CPU.
 
-    The values of the first two are not looked at, so that the planner can run this on fake tensors.
+    Their values are not looked at, so that the planner can run this on fake tensors.
     """
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    loss, right = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
-    count, kind = 0, "accuracy"
+    loss, right = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for batch in batches:
         batch = {name: value.to(device) for name, value in batch.items()}
         wanted = targets(batch)
-        count += wanted.numel()
         if "labels" in batch:
             parts = [(model(**inputs(batch)).logits, wanted)]
         else:
-            kind = "token_accuracy"
             states, head = answer_states(model, batch), model.get_output_embeddings()  # type: ignore[operator]
             sliced = ((states[part], wanted[part]) for part in chunks(len(states), head.weight.shape[0]))
             parts = ((_capped(model, head(hidden)), target) for hidden, target in sliced)  # type: ignore[assignment]
@@ -58,7 +62,7 @@ def totals(model: nn.Module, batches: Iterable[Batch]) -> tuple[torch.Tensor, to
             loss += F.cross_entropy(logits.float(), target, reduction="sum").cpu().double()
             right += (logits.argmax(-1) == target).sum().cpu()
     model.train(training)
-    return loss, right, count, kind
+    return loss, right
 
 
 @torch.no_grad()

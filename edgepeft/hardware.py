@@ -63,6 +63,18 @@ class Hardware:
         """Whether bfloat16 is native (Ampere and later; CPUs with AVX512-BF16, AMX or Arm's BF16)."""
         return "bf16" in self.flops
 
+    def shared(self, devices: int) -> Hardware:
+        """What each of several processes has: of a CPU its part, of GPUs one."""
+        if self.kind == "cuda" or devices == 1:
+            return self
+        return replace(
+            self,
+            reserved_bytes=self.memory_bytes - self.available_bytes // devices,
+            bandwidth=self.bandwidth / devices,
+            flops={dtype: rate / devices for dtype, rate in self.flops.items()},
+            cores=self.cores and max(1, self.cores // devices),
+        )
+
 
 def names() -> list[str]:
     """The shipped profiles, sorted. The name of a profile is the name of its file."""
@@ -95,8 +107,8 @@ def detect() -> Hardware:
         import torch
 
         if torch.cuda.is_available():
-            free_bytes, memory_bytes = torch.cuda.mem_get_info(0)
-            properties = torch.cuda.get_device_properties(0)
+            free_bytes, memory_bytes = torch.cuda.mem_get_info()  # of the current device, which is the first
+            properties = torch.cuda.get_device_properties(torch.cuda.current_device())  # unless there are ranks
             return _cuda(
                 device=properties.name,
                 memory_bytes=memory_bytes,

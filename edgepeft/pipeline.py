@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,13 @@ from edgepeft.data.tokens import pad_id
 from edgepeft.errors import UsageError
 from edgepeft.evaluate import evaluate
 from edgepeft.files import size_bytes, write_json
-from edgepeft.hardware import Hardware
 from edgepeft.hardware import load as load_hardware
+from edgepeft.launch import threads, train_together, usable
 from edgepeft.ledger import Row
 from edgepeft.methods import base
 from edgepeft.placements import eight_bit
 from edgepeft.plan import Plan
+from edgepeft.ranks import ALONE, Ranks
 from edgepeft.recipe import Recipe
 from edgepeft.surface import EIGHT_BIT
 from edgepeft.workspace import Workspace, fingerprint
@@ -46,17 +46,24 @@ def run(wanted: Recipe, out: Path, *, until: str = STAGES[-1], say: Say = lambda
         UsageError: something about the input is wrong; found before work starts.
         EdgePeftError: a stage failed; what was finished before stays.
     """
-    threads = torch.get_num_threads()
     job = _Job(wanted, out, until, say)
-    try:
-        if job.hardware.kind == "cpu" and job.hardware.cores:
-            torch.set_num_threads(min(job.hardware.cores, os.cpu_count() or 1))
+    with threads(job.hardware):
         for stage in STAGES[: STAGES.index(until) + 1]:
             getattr(job, stage)()
             report.write(out)
-    finally:
-        torch.set_num_threads(threads)  # sums depend on it in their last bits: the caller's results must not change
     return job.space
+
+
+def fit(recipe: Recipe, out: Path, ranks: Ranks, say: Say) -> None:
+    """One process's part in training the run that is planned in ``out``; the first one says how it goes.
+
+    Raises:
+        EdgePeftError: as ``run`` does.
+    """
+    job = _Job(recipe, out, "train", lambda line: None)
+    job.say = say if ranks.first else job.say
+    with threads(job.hardware, ranks.count):
+        job.fit(ranks)
 
 
 class _Job:
@@ -64,8 +71,9 @@ class _Job:
 
     def __init__(self, wanted: Recipe, out: Path, until: str, say: Say) -> None:
         self.space, self.say = Workspace(out), say
-        self.hardware = _usable(load_hardware(wanted.hardware))
-        wanted = self.space.adopt(_with_alias(wanted))
+        devices = 1 if self.space.adapter.exists() else wanted.devices  # only training takes several
+        self.hardware = usable(load_hardware(wanted.hardware), devices)
+        wanted = self.space.adopt(wanted)
         if wanted.optimizer == EIGHT_BIT:
             eight_bit.check(self.hardware.kind)
         self.source: Source = backbone.resolve(wanted.model)
@@ -74,6 +82,7 @@ class _Job:
         self.recipe = dataclasses.replace(wanted, max_tokens=self._max_tokens(wanted))
         if self.recipe.method is not None:  # refuse what cannot be trained before the data is read
             method = base.create(self.recipe.method, self.recipe.options)
+            method.check_devices(self.recipe.devices)
             if self.recipe.precision is not None:
                 method.check(self.recipe.precision)
             if self.recipe.checkpointing:
@@ -109,12 +118,13 @@ class _Job:
             self.say(f"plan: {self._choice()} (as before)")
             return
         recipe = self.recipe
-        found = self._plan(recipe, recipe.microbatch, accumulates=recipe.microbatch != recipe.global_batch)
+        share = recipe.global_batch // recipe.devices
+        found = self._plan(recipe, recipe.microbatch, accumulates=recipe.microbatch != share)
         chosen = found.chosen()
         method = base.find(chosen.method)
         size = recipe.microbatch
         if size is None:
-            size = usable_microbatch(chosen.microbatch, recipe.global_batch)
+            size = usable_microbatch(chosen.microbatch, share)
         if method.updates_in_backward and recipe.microbatch is None and size != recipe.global_batch:
             schedule.check(dataclasses.replace(recipe, microbatch=size), base.create(chosen.method, recipe.options))
         self.recipe = dataclasses.replace(
@@ -125,7 +135,7 @@ class _Job:
             checkpointing=chosen.checkpointing,
             optimizer=chosen.optimizer,
         )
-        exact = self._plan(self.recipe, size, accumulates=size != recipe.global_batch).chosen()
+        exact = self._plan(self.recipe, size, accumulates=size != share).chosen()
         predicted = {"predicted_peak_bytes": exact.step_bytes, "predicted_phases": exact.phases, "bytes": exact.bytes}
         write_json(self.space.plan, {**found.as_json(), **predicted})
         recipes.write(self.recipe, self.space.recipe)
@@ -151,8 +161,17 @@ class _Job:
         method = base.create(self._needs("method"), self.recipe.options)
         schedule.check(self.recipe, method)
         self.space.finish("training", inputs)
+        if self.recipe.devices > 1:
+            train_together(self.recipe, self.space.root, self.hardware.kind, self.say)
+        else:
+            self.fit(ALONE)
+        self.space.finish("train", inputs)
+
+    def fit(self, ranks: Ranks) -> None:
+        """Train, or go on training, and record how good the backbone was and the adapter is."""
+        method = base.create(self._needs("method"), self.recipe.options)
         plain = self._load(self._needs("precision"))
-        self._measure_base(plain)
+        self._measure_base(plain, ranks)
         if method.packs_its_own:
             del plain
             plain = self._load(self._needs("precision"), method.pack)
@@ -163,27 +182,29 @@ class _Job:
         does = "measured" if first.measures else "trained"
         where = f" in its first stage, {first.name}" if others else ""
         self.say(f"train: {trainable:,} parameters {does} by {method.name}{where}")
-        done = training.train(self.recipe, plain, method, self.data, self.space.root, start=self._start(trainable))
-        ledger.record(
-            self.space.ledger,
-            Row(
-                artefact="adapter",
-                metrics=done.metrics,
-                bytes=size_bytes(self.space.adapter),
-                counts=counts.training(done.stages),
-                stages=done.stages,
-            ),
-        )
-        self.space.finish("train", inputs)
+        start = self._start(trainable)
+        done = training.train(self.recipe, plain, method, self.data, self.space.root, start=start, ranks=ranks)
+        if ranks.first:
+            ledger.record(
+                self.space.ledger,
+                Row(
+                    artefact="adapter",
+                    metrics=done.metrics,
+                    bytes=size_bytes(self.space.adapter),
+                    counts=counts.training(done.stages),
+                    stages=done.stages,
+                ),
+            )
         self.say(f"train: {_shown(done.metrics)}")
         del plain
         gc.collect()
 
-    def _measure_base(self, plain: Backbone) -> None:
+    def _measure_base(self, plain: Backbone, ranks: Ranks = ALONE) -> None:
         if ledger.find(self.space.ledger, "base") is None:
             self.say("base: measuring the model as it is")
-            batches = training.validation_batches(self.data, self.recipe)
-            ledger.record(self.space.ledger, Row(artefact="base", metrics=evaluate(plain.model, batches), kept=False))
+            found = evaluate(plain.model, training.validation_batches(self.data, self.recipe), ranks)
+            if ranks.first:
+                ledger.record(self.space.ledger, Row(artefact="base", metrics=found, kept=False))
 
     def _measure_brought(self) -> None:
         """Backbone and adapter, where the adapter was trained elsewhere."""
@@ -292,7 +313,7 @@ class _Job:
             name=recipe.model,
             model=probe.as_fields(self.config),
             task=self.data.task,
-            hardware=self.hardware,
+            hardware=self.hardware.shared(recipe.devices),
             tokens=int(max(self.data.train.lengths.max(), self.data.validation.lengths.max())),
             target_tokens=int(max(self.data.train.target_lengths.max(), self.data.validation.target_lengths.max())),
             labels=len(self.data.labels) or 2,
@@ -305,11 +326,14 @@ class _Job:
             microbatch=microbatch,
             accumulates=accumulates,
             first=True,
+            devices=recipe.devices,
+            sharded=False,
         )
 
     def _choice(self) -> str:
         again = ", checkpointed" if self.recipe.checkpointing else ""
         again += f", {EIGHT_BIT}" if self.recipe.optimizer == EIGHT_BIT else ""
+        again += f", on {self.recipe.devices} devices" if self.recipe.devices > 1 else ""
         return f"{self.recipe.method} on {self.recipe.precision}, microbatch {self.recipe.microbatch}{again}"
 
     def _start(self, trainable: int) -> dict[str, Any]:
@@ -319,6 +343,7 @@ class _Job:
             "method": self.recipe.method,
             "precision": self.recipe.precision,
             "hardware": self.hardware.name,
+            "devices": self.recipe.devices,
         }
 
     def _planned(self) -> dict[str, Any]:
@@ -359,33 +384,6 @@ class _Job:
                 f"There is no run in {self.space.root} yet.", f"Its {name} is not chosen.", "Run `edgepeft run`."
             )
         return value
-
-
-def _with_alias(wanted: Recipe) -> Recipe:
-    """``qlora`` is ``lora`` at a precision: write both down."""
-    if wanted.method is None:
-        return wanted
-    implied = base.implied_precision(wanted.method)
-    if implied is None:
-        base.find(wanted.method)
-        return wanted
-    if wanted.precision not in (None, implied):
-        raise UsageError(
-            f"{wanted.method} means {implied}, not {wanted.precision}.",
-            "",
-            "Leave --precision out, or name the method itself.",
-        )
-    return dataclasses.replace(wanted, method=base.create(wanted.method).name, precision=implied)
-
-
-def _usable(hardware: Hardware) -> Hardware:
-    if hardware.kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            f"This machine has no CUDA device, and {hardware.name} is one.",
-            "",
-            "`edgepeft plan` plans for other hardware; to run here, leave --gpu out.",
-        )
-    return hardware
 
 
 def _shown(metrics: dict[str, float]) -> str:

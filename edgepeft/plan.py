@@ -10,7 +10,7 @@ from typing import Any
 from edgepeft import candidate as on_device
 from edgepeft import evidence, roofline, traces
 from edgepeft import hardware as profiles
-from edgepeft.candidate import Candidate, needed_bytes
+from edgepeft.candidate import DDP, FSDP, Candidate, needed_bytes
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.hardware import Hardware
 from edgepeft.surface import ADAMW, EIGHT_BIT, Configuration, Surface
@@ -26,8 +26,8 @@ TIMES = (
     "correlation of 0.72 on T5-large and 0.83 on T5-3B (benchmarks/results/time.md)."
 )
 APART = (
-    "Sending between devices is not in them, and networks differ: several devices take longer. The plan covers several "
-    "devices; `edgepeft run` trains on one so far."
+    "Sending between devices is not in them, and networks differ: several devices take longer. `edgepeft run` does DDP "
+    "and not FSDP."
 )
 PACKED = ("int8", "nf4")
 PRECISIONS = ("fp32", "bf16", *PACKED)
@@ -144,6 +144,7 @@ def plan(
     examples: int | None = None,
     epochs: float = 1.0,
     devices: int = 1,
+    sharded: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """Trace every candidate and choose.
@@ -160,6 +161,7 @@ def plan(
             shortest update, as estimated).
         examples: of the training data, seen ``epochs`` times: how many updates the job has.
         devices: how many of the hardware share a global batch, which is a multiple of it.
+        sharded: whether FSDP is planned beside DDP, in which every device holds all; ``edgepeft run`` does DDP alone.
         progress: called with how many configurations are traced, of how many.
     """
     wanted = [
@@ -217,7 +219,7 @@ def plan(
                     shares = (hardware, microbatch, global_batch // devices, devices)
                     candidates.extend(
                         on_device.of(configuration, surface, *shares, strategy)
-                        for strategy, surface in _shared(configuration, traced, devices)
+                        for strategy, surface in _shared(configuration, traced, devices, sharded)
                     )
             settled = {each.method for each in candidates if _comfortable(each, global_batch)}
             if first and settled:
@@ -231,6 +233,11 @@ def plan(
         consider([[each] for each in lighter] if first else [lighter])
     if not candidates and refused is not None:
         raise refused
+    if not candidates:  # what was asked for is excluded on several devices
+        from edgepeft.methods import base
+
+        for method in methods or ():
+            base.create(method, options).check_devices(devices)
     for method in {each.method for each in candidates}:  # refused on other precisions only
         excluded.pop(method, None)
     candidates.sort(key=lambda candidate: _rank(candidate, global_batch // devices, hardware, objective))
@@ -264,15 +271,17 @@ def default_precisions(hardware: Hardware) -> list[str]:
     return ["bf16" if hardware.bf16 else "fp32", *PACKED]
 
 
-def _shared(configuration: Configuration, traced: Surface, devices: int) -> list[tuple[str, Surface]]:
+def _shared(configuration: Configuration, traced: Surface, devices: int, sharded: bool) -> list[tuple[str, Surface]]:
     """The surface of one of several devices, by the way in which they share the work."""
     if devices == 1:
         return [("", traced)]
+    ways = [(DDP, traced)]  # gradients are added up where they are: each device holds what one alone does
+    if not sharded:
+        return ways
     from edgepeft import sharding  # loads torch
 
     found = sharding.of(configuration, devices)
-    ways = [(sharding.DDP, sharding.replicated(traced, found))]
-    return [*ways, (sharding.FSDP, sharding.sharded(traced, found))] if found.divisible else ways
+    return [*ways, (FSDP, sharding.sharded(traced, found))] if found.divisible else ways
 
 
 def _rank(candidate: Candidate, global_batch: int, hardware: Hardware, objective: str) -> tuple[Any, ...]:
@@ -334,8 +343,8 @@ def _why(candidates: Sequence[Candidate], hardware: Hardware, objective: str) ->
         parts.append("AdamW's states take 8 bits a number because in full they do not fit well")
     if best.checkpointing:
         parts.append("activations are computed again in backward because keeping them does not fit well")
-    if best.strategy == "fsdp":
+    if best.strategy == FSDP:
         parts.append("FSDP2 divides parameters, gradients and optimizer states among the devices")
-    elif best.strategy == "ddp":
+    elif best.strategy == DDP:
         parts.append("every device holds all of it (DDP)")
     return "; ".join(parts) + "."

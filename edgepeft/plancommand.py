@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def plan(
     model: flags.Model,
     gpu: flags.Gpu = None,
-    gpus: Annotated[int, typer.Option("--gpus", help="How many of the GPU share the work (planned, not run).")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", help="How many of the GPU share the work, by DDP or FSDP.")] = 1,
     all_gpus: Annotated[bool, typer.Option("--all-gpus", help="Every machine with a profile, by method.")] = False,
     task: flags.Task = None,
     method: Annotated[
@@ -63,7 +63,6 @@ def plan(
     if infer or target is not None:
         _inference(model, infer, target, task, seq_len, training, trust_remote_code, as_json)
         return
-    _alone("--gpus", gpus != 1, {"--recipe": recipe}, "`edgepeft run` trains on one device so far.")
     _alone(
         "--all-gpus",
         all_gpus,
@@ -77,6 +76,7 @@ def plan(
 
     from edgepeft import alternatives, hardware, planning, tables
     from edgepeft import recipe as recipes
+    from edgepeft.candidate import FSDP
 
     asked: dict[str, Any] = {
         "task": task,
@@ -109,6 +109,12 @@ def plan(
         print(tables.markdown(found))
     else:
         tables.plan(found)
+    again, divided = partial(planned, device), found
+    if recipe is not None and found.choice is not None and found.chosen().strategy == FSDP:
+        again = partial(again, sharded=False)
+        found = again()
+        if found.choice is not None:
+            tables.say(f"The recipe is for what `edgepeft run` does, which is DDP: {found.why}")
     if recipe is not None and found.choice is not None:
         chosen = planning.recipe(found, data or "data.jsonl", seq_len, target_len, global_batch, settings or [], epochs)
         recipes.write(chosen, recipe)
@@ -116,8 +122,11 @@ def plan(
         if as_json:
             raise typer.Exit(1)
         fact, cause, _ = found.nothing_fits()
-        tables.say("Nothing fits. Looking for what would ...")
-        again = partial(planned, device)
+        short = "Nothing fits."
+        if divided.choice is not None:
+            short, cause = "None of it can be run.", fact
+            fact = f"{model} fits {found.machine} by FSDP only, which `edgepeft run` does not do."
+        tables.say(f"{short} Looking for what would ...")
         tokens = seq_len or planning.DEFAULT_TOKENS
         raise EdgePeftError(
             fact,

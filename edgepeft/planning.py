@@ -42,6 +42,7 @@ def plan_model(
     examples: int | None = None,
     epochs: float | None = None,
     devices: int = 1,
+    sharded: bool = True,
     first: bool = False,
     progress: Callable[[int, int], None],
 ) -> Plan:
@@ -56,7 +57,7 @@ def plan_model(
             one that fits well; those of ``plan.PREFERRED``, in all precisions, when not given.
         settings: ``options.NAME=VALUE`` of the method.
         optimizer: AdamW when not given, and AdamW in 8 bits where nothing else fits well.
-        devices: how many of the device share the work.
+        devices: how many of the device share the work; ``sharded``: whether by FSDP too.
         first: stop at the first candidate that fits comfortably.
         examples: of the training data; how long the job takes is estimated when it is given.
 
@@ -71,7 +72,8 @@ def plan_model(
     for flag, count in {**counts, "epochs": epochs}.items():
         if count is not None and not 0 < count < math.inf:
             raise UsageError(f"plan: --{flag} {count} must be positive.", "", "")
-    _check_devices(devices, device, global_batch or DEFAULT_GLOBAL_BATCH)
+    check_devices(devices, device)
+    recipes.check_shared(global_batch or DEFAULT_GLOBAL_BATCH, devices)
     values = _options(settings, method)
     methods, implied = _methods(method, values.get("options", {}))
     if precision is not None and implied is not None and precision != implied:
@@ -99,23 +101,23 @@ def plan_model(
         examples=examples,
         epochs=epochs or DEFAULT_EPOCHS,
         devices=devices,
+        sharded=sharded,
         first=first,
         sparing=method == ALL,
         progress=progress,
     )
 
 
-def _check_devices(devices: int, device: Hardware, global_batch: int) -> None:
+def check_devices(devices: int, device: Hardware) -> None:
+    """Refuse ``--gpus`` where it says nothing.
+
+    Raises:
+        UsageError: see above.
+    """
     if devices < 1:
-        raise UsageError(f"plan: --gpus {devices} must be positive.", "", "")
+        raise UsageError(f"--gpus {devices} must be positive.", "", "")
     if devices > 1 and device.kind != "cuda":
-        raise UsageError(f"{device.name} is not a GPU.", "Several devices are planned for GPUs only.", "Use --gpus 1.")
-    if global_batch % devices:
-        raise UsageError(
-            f"A global batch of {global_batch} cannot be shared among {devices} GPUs.",
-            "Each must see as many examples of an update as the others.",
-            f"Try --global-batch {-(-global_batch // devices) * devices}.",
-        )
+        raise UsageError(f"{device.title} is not a GPU.", "--gpus is about GPUs only.", "Leave it out.")
 
 
 def machines() -> list[Hardware]:
@@ -156,12 +158,13 @@ def recipe(
         "model": found.model,
         "data": data,
         "hardware": found.hardware.name,
+        "devices": found.devices,
         "method": chosen.method,
         "precision": chosen.precision,
         "checkpointing": chosen.checkpointing,
         "optimizer": chosen.optimizer,
         "global_batch": global_batch,
-        "microbatch": usable_microbatch(chosen.microbatch, global_batch),
+        "microbatch": usable_microbatch(chosen.microbatch, global_batch // found.devices),
         "max_tokens": tokens,
         "max_target_tokens": target_tokens,
         "task": found.task,

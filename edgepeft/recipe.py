@@ -19,7 +19,7 @@ from edgepeft.surface import ADAMW, OPTIMIZERS
 
 _POSITIVE = (
     *("max_tokens", "max_target_tokens", "validation_limit", "microbatch", "global_batch", "epochs", "max_steps"),
-    *("lr", "clip_norm", "evaluations", "patience"),
+    *("devices", "lr", "clip_norm", "evaluations", "patience"),
 )
 
 
@@ -48,6 +48,8 @@ class Recipe:
 
     hardware: str = "auto"
     """A profile, a file with one, or auto for this machine."""
+    devices: int = 1
+    """How many of it share every update, each with a copy of the model: GPUs of this machine, or processes of a CPU."""
     method: str | None = None
     """A method's name, or the dotted path of one of your own."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -103,6 +105,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UsageError(f"recipe: {name} = {value} must be positive.", "", "")
+        check_shared(self.global_batch, self.devices)
         for name in ("seed", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UsageError(f"recipe: {name} = {getattr(self, name)} must not be negative.", "", "")
@@ -115,6 +118,20 @@ class Recipe:
         ):
             if value not in known:
                 raise UsageError(f"recipe: {value!r} is not known here.", "", nearest(value, known))
+
+
+def check_shared(global_batch: int, devices: int) -> None:
+    """Refuse a global batch that several devices cannot share.
+
+    Raises:
+        UsageError: see above.
+    """
+    if global_batch % devices:
+        raise UsageError(
+            f"A global batch of {global_batch} cannot be shared among {devices} devices.",
+            "Each must see as many examples of an update as the others.",
+            f"Try --global-batch {-(-global_batch // devices) * devices}.",
+        )
 
 
 def create(values: Mapping[str, Any]) -> Recipe:

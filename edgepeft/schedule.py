@@ -12,18 +12,21 @@ from edgepeft.stage import Stage
 
 
 def check(recipe: Recipe, method: Method) -> None:
-    """Refuse combinations of batch sizes that cannot be trained.
+    """Refuse combinations of batch sizes, devices and methods that cannot be trained.
 
     Raises:
         UsageError: see above.
     """
     assert recipe.microbatch is not None
-    if recipe.global_batch % recipe.microbatch:
+    share = recipe.global_batch // recipe.devices
+    if share % recipe.microbatch:
+        own = "" if recipe.devices == 1 else f" on each of {recipe.devices} devices"
         raise UsageError(
-            f"A global batch of {recipe.global_batch} cannot be made of microbatches of {recipe.microbatch}.",
+            f"A global batch of {recipe.global_batch} cannot be made of microbatches of {recipe.microbatch}{own}.",
             "It must be a multiple, so that every update sees as many examples.",
-            f"Try --set microbatch={math.gcd(recipe.global_batch, recipe.microbatch)}.",
+            f"Try --set microbatch={math.gcd(share, recipe.microbatch)}.",
         )
+    method.check_devices(recipe.devices)
     if method.updates_in_backward and recipe.microbatch != recipe.global_batch:
         raise UsageError(
             f"{method.name} cannot accumulate gradients over microbatches.",

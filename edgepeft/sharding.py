@@ -1,4 +1,7 @@
-"""What one of several devices holds: replicated (DDP), or fully sharded (FSDP2), from the surface of a single one.
+"""What one of several devices holds that share a model fully (FSDP2), from the surface of a single one.
+
+Under DDP there is nothing to work out: each device holds what one alone does, as gradients are added up where they are
+(``ranks.Ranks.sum``). What NCCL keeps for sending is in neither.
 
 FSDP2 (``torch.distributed.fsdp.fully_shard``, PyTorch 2.13) is taken to wrap every layer and the root, as accelerate's
 transformer policy does, to reshard after forward, and to reduce the gradients of every microbatch. Each parameter is
@@ -22,8 +25,6 @@ from edgepeft.catalog.fields import at_depth, depth
 from edgepeft.methods import base
 from edgepeft.roofline import Work
 from edgepeft.surface import KINDS, Configuration, Moment, Surface
-
-DDP, FSDP = "ddp", "fsdp"
 
 
 @dataclass(frozen=True)
@@ -114,18 +115,6 @@ def sharded(surface: Surface, found: Inventory) -> Surface:
         none, one = work["update"]
         work["update"] = (_scaled(none, found.share), _scaled(one, found.share))
     return replace(surface, phases=phases, work=work)
-
-
-def replicated(surface: Surface, found: Inventory) -> Surface:
-    """The surface of one device of several under DDP, whose reducer holds a copy of all gradients in its buckets."""
-    buckets = found.trained[0]
-    phases = {
-        phase: tuple(_more(moment, "gradients", buckets) for moment in moments)
-        if phase.rpartition(": ")[2] in ("forward+backward", "update")
-        else tuple(moments)
-        for phase, moments in surface.phases.items()
-    }
-    return replace(surface, phases=phases)
 
 
 def _cut(moment: Moment, found: Inventory, phase: str) -> Moment:

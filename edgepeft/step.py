@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgepeft.cross_entropy import linear_cross_entropy
+from edgepeft.ranks import ALONE, Ranks
 
 Batch = Mapping[str, Tensor]
 
@@ -77,6 +78,7 @@ class TrainingStep:
         clip_norm: largest global norm of the gradients; None where gradients are gone by the end of backward.
         backward: runs backward on a loss (accelerate's in training); the loss's own when not given.
         penalty, after_update: those of the method (``methods.base.Method``).
+        ranks: who shares each update.
     """
 
     def __init__(
@@ -88,8 +90,9 @@ class TrainingStep:
         backward: Callable[[Tensor], None] | None = None,
         penalty: Callable[[nn.Module, Batch, Tensor], Tensor | None] = lambda model, batch, found: None,
         after_update: Callable[[nn.Module, float], None] = lambda model, progress: None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model = model
+        self.model, self.ranks = model, ranks
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self.penalty, self.after_update = penalty, after_update
@@ -100,6 +103,7 @@ class TrainingStep:
         """Leave the gradients of the mean loss, and of the penalty, in place and return that loss, a scalar.
 
         Args:
+            microbatches: of all ranks, each of which runs its part.
             lr: the learning rate; a parameter group may have a multiple of it, its ``lr_scale``.
         """
         for group in self.optimizer.param_groups:
@@ -107,7 +111,7 @@ class TrainingStep:
         count = sum(targets(batch).numel() for batch in microbatches)
         device = self.trained[0].device
         total = torch.zeros((), device=device)
-        for batch in microbatches:
+        for batch in self.ranks.mine(microbatches):
             batch = {name: value.to(device) for name, value in batch.items()}
             found = outputs(self.model, batch)
             loss = loss_of(self.model, batch, found) / count
@@ -117,6 +121,8 @@ class TrainingStep:
             if extra is not None:
                 loss = loss + extra * (targets(batch).numel() / count)
             self.run_backward(loss)
+        self.ranks.sum_gradients(self.trained)
+        self.ranks.sum([total])
         return total
 
     def update(self, progress: float = 1.0) -> Tensor | None:

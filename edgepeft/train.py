@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from edgepeft import adapter, checkpoint, events
@@ -28,6 +27,7 @@ from edgepeft.evaluate import better, evaluate
 from edgepeft.files import remove_leftovers
 from edgepeft.methods import base
 from edgepeft.methods.base import Method
+from edgepeft.ranks import ALONE, Ranks
 from edgepeft.recipe import Recipe
 from edgepeft.schedule import check, learning_rate, legs, total_steps
 from edgepeft.step import Batch, TrainingStep
@@ -78,7 +78,14 @@ class _Progress:
 
 
 def train(
-    recipe: Recipe, backbone: Backbone, method: Method, data: Data, out: Path, *, start: dict[str, Any]
+    recipe: Recipe,
+    backbone: Backbone,
+    method: Method,
+    data: Data,
+    out: Path,
+    *,
+    start: dict[str, Any],
+    ranks: Ranks = ALONE,
 ) -> Trained:
     """Train ``backbone`` (with ``method`` already applied) and leave the best adapter in ``out/adapter``.
 
@@ -86,22 +93,25 @@ def train(
 
     Args:
         start: details for the log's first event, such as the predicted peak.
+        ranks: who trains it together, each with a copy of the model; only the first writes anything.
 
     Raises:
         EdgePeftError: the loss is not finite, gradients do not reach what is trained, or a checkpoint is damaged.
         Interrupted: after Ctrl-C, with a checkpoint saved.
     """
-    return _Run(recipe, backbone, method, data, out).run(start)
+    return _Run(recipe, backbone, method, data, out, ranks).run(start)
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, backbone: Backbone, method: Method, data: Data, out: Path) -> None:
+    def __init__(self, recipe: Recipe, backbone: Backbone, method: Method, data: Data, out: Path, ranks: Ranks) -> None:
         check(recipe, method)
-        self.recipe, self.method, self.data, self.out = recipe, method, data, out
+        self.recipe, self.method, self.data, self.out, self.ranks = recipe, method, data, out, ranks
         self.backbone, self.model = backbone, backbone.model
         self.device = next(self.model.parameters()).device
         self.accelerator = Accelerator(
-            cpu=self.device.type == "cpu", log_with="tensorboard", project_dir=str(out / "tensorboard")
+            cpu=self.device.type == "cpu",
+            log_with="tensorboard" if ranks.first else None,
+            project_dir=str(out / "tensorboard"),
         )
         self.rate = recipe.lr if recipe.lr is not None else method.learning_rate
         self.legs = legs(recipe, method, len(data.train))
@@ -126,13 +136,16 @@ class _Run:
         if self.recipe.checkpointing:
             self.model.activation_checkpointing_enable()
         torch.manual_seed(self.recipe.seed)
-        remove_leftovers(self.out)
+        if self.ranks.first:
+            remove_leftovers(self.out)
+        self.ranks.wait()
         newest = checkpoint.newest(self.out / "checkpoints")
         if newest is not None:
             while self.legs[self.leg].last < checkpoint.step_of(newest):
                 self._next_leg()
             self.progress = _Progress(**checkpoint.restore(newest, self.model, self.step.optimizer))
-        log = events.EventLog(self.out / "events.jsonl", self.progress.step if newest else None)
+        kept = self.out / "events.jsonl" if self.ranks.first else None
+        log = events.EventLog(kept, self.progress.step if newest else None)
         if newest is None:
             log.write("start", 0, total_steps=self.total, **start)
         else:
@@ -146,23 +159,12 @@ class _Run:
             if before is not None:
                 signal.signal(signal.SIGINT, before)
             log.close()
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     def _loop(self, log: events.EventLog) -> None:
         saved = time.monotonic()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(
-                "loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} tokens/s  {task.fields[memory]:.2f} GiB"
-            ),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns) as bar:
-            shown = bar.add_task(
-                "train", total=self.total, completed=self.progress.step, loss=0.0, speed=0.0, memory=0.0
-            )
+        with events.progress_bar(self.total, self.progress.step, shown=self.ranks.first) as advance:
             for microbatches in self._remaining():
                 while self.progress.step == self.legs[self.leg].last:
                     self._next_leg()
@@ -171,23 +173,20 @@ class _Run:
                 done = self._one(microbatches)
                 log.write("step", self.progress.step, **done)
                 self.accelerator.log({k: v for k, v in done.items() if v is not None}, step=self.progress.step)
-                bar.update(
-                    shown,
-                    advance=1,
-                    loss=done["loss"],
-                    speed=done["tokens_per_second"],
-                    memory=done["memory_bytes"] / 2**30,
-                )
+                advance(done)
                 ended = self.progress.step == self.legs[self.leg].last
                 if evaluated := self._is_evaluated():
                     self._evaluate(log)
-                if evaluated or ended or self.interrupted or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                (stopping,) = self.ranks.largest([self.interrupted])
+                due = evaluated or ended or stopping or time.monotonic() - saved > CHECKPOINT_SECONDS
+                if due and self.ranks.first:
                     with self._watched_once("checkpoint"):
                         state = dict(vars(self.progress))
                         checkpoint.save(self.out / "checkpoints", self.model, self.step.optimizer, state)
                     log.write("checkpoint", self.progress.step)
                     saved = time.monotonic()
-                if self.interrupted:
+                if stopping:
+                    self.ranks.wait()
                     raise Interrupted(
                         f"Stopped after step {self.progress.step} of {self.total}.",
                         "You pressed Ctrl-C; the work so far is saved.",
@@ -219,7 +218,8 @@ class _Run:
                 yield order[first : first + accumulation]
 
     def _step_of_leg(self) -> TrainingStep:
-        """The training step of the current leg, whose stage has begun."""
+        """The training step of the current leg, whose stage has begun: from the same numbers on all ranks."""
+        self.ranks.share(base.state(self.model, transient=True).values())
         stage = self.legs[self.leg].stage
         clips = not (stage.measures or self.method.updates_in_backward)
         return TrainingStep(
@@ -229,6 +229,7 @@ class _Run:
             backward=self.accelerator.backward,
             penalty=self.method.penalty,
             after_update=self.method.after_update,
+            ranks=self.ranks,
         )
 
     def _next_leg(self) -> None:
@@ -284,12 +285,13 @@ class _Run:
         def phase(name: str) -> contextlib.AbstractContextManager[None]:
             return peak(watched, name, self.model, self.step.optimizer) if watching else contextlib.nullcontext()
 
-        with phase("forward+backward"):
+        with phase("forward+backward"), self.ranks.drawing_apart(self.recipe.seed, step):
             loss = self._finite(float(self.step.backward(microbatches, lr)), "loss", step)
         if step == leg.first and not self.method.updates_in_backward:
             _check_gradients(self.model)
         with phase("update"):
             norm = self.step.update((step - leg.first + 1) / (leg.last - leg.first + 1))
+        watched.update(zip(watched, self.ranks.largest([*watched.values()]), strict=True))
         return loss, None if norm is None else self._finite(float(norm), "gradient's norm", step)
 
     def _watched_once(self, name: str) -> contextlib.AbstractContextManager[None]:
@@ -318,12 +320,14 @@ class _Run:
 
     def _evaluate(self, log: events.EventLog) -> None:
         with self._watched_once("evaluation"):
-            metrics = evaluate(self.model, validation_batches(self.data, self.recipe))
+            metrics = evaluate(self.model, validation_batches(self.data, self.recipe), self.ranks)
+        (self.progress.phases["evaluation"],) = self.ranks.largest([self.progress.phases["evaluation"]])
         self._finite(metrics["loss"], "validation loss", self.progress.step)
         last = self.legs[self.leg].last == self.total  # an adapter is what the last stage trains
         best = last and better(self.backbone.task, metrics, self.progress.best)
         if best:
-            adapter.save(self.out / "checkpoints" / "best", self.model, self.card)
+            if self.ranks.first:
+                adapter.save(self.out / "checkpoints" / "best", self.model, self.card)
             self.progress.best, self.progress.best_step, self.progress.waited = metrics, self.progress.step, 0
         elif last:
             self.progress.waited += 1
@@ -331,10 +335,12 @@ class _Run:
         self.accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=self.progress.step)
 
     def _finish(self, log: events.EventLog) -> Trained:
+        self.ranks.wait()
         adapter.load(self.out / "checkpoints" / "best", self.model)
         while self.leg < len(self.legs) - 1:  # a last stage without updates
             self._next_leg()
-        adapter.save(self.out / "adapter", self.model, self.card)
+        if self.ranks.first:
+            adapter.save(self.out / "adapter", self.model, self.card)
         self.model.eval()
         assert self.progress.best is not None
         stages = [{**s, "tokens_per_second": s["tokens"] / max(s["seconds"], 1e-9)} for s in self.progress.stages]

@@ -13,6 +13,7 @@ from typing import Any
 from edgepeft import recipe as recipes
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.files import sha256, write_json
+from edgepeft.methods import base
 from edgepeft.peft_config import path_of
 from edgepeft.placements.stored import TENSORS
 from edgepeft.recipe import Recipe
@@ -75,11 +76,12 @@ class Workspace:
         return recipes.create(recipes.read(self.recipe))
 
     def adopt(self, wanted: Recipe) -> Recipe:
-        """``wanted``, completed by what a run in this folder has already chosen.
+        """``wanted``, without an alias and completed by what a run in this folder has already chosen.
 
         Raises:
             UsageError: the folder holds another run, or something that is no run.
         """
+        wanted = _without_alias(wanted)
         if not self.recipe.exists():
             if self.root.exists() and not self.root.is_dir():
                 raise UsageError(f"{self.root} is a file.", "A run is a folder.", "Choose another --out.")
@@ -121,6 +123,8 @@ class Workspace:
         }
         if fields["optimizer"] is None:  # of a run that began before there was a choice
             del fields["optimizer"]
+        if fields["devices"] == 1:  # likewise
+            del fields["devices"]
         sources = [
             Path(name) for name in (recipe.data, recipe.validation, recipe.model) if name and Path(name).exists()
         ]
@@ -150,6 +154,23 @@ class Workspace:
             raise EdgePeftError(
                 f"{path} is damaged.", str(error), "Delete it; finished stages are then checked again."
             ) from error
+
+
+def _without_alias(wanted: Recipe) -> Recipe:
+    """``qlora`` is ``lora`` at a precision: write both down."""
+    if wanted.method is None:
+        return wanted
+    implied = base.implied_precision(wanted.method)
+    if implied is None:
+        base.find(wanted.method)
+        return wanted
+    if wanted.precision not in (None, implied):
+        raise UsageError(
+            f"{wanted.method} means {implied}, not {wanted.precision}.",
+            "",
+            "Leave --precision out, or name the method itself.",
+        )
+    return dataclasses.replace(wanted, method=base.create(wanted.method).name, precision=implied)
 
 
 def fingerprint(*parts: Any) -> str:

@@ -313,11 +313,13 @@ def test_several_devices_share_a_global_batch_in_two_ways() -> None:
     assert {each.strategy for each in four.candidates} == {"ddp", "fsdp"}
     alone = one.chosen()
     ddp, fsdp = sorted(four.candidates, key=lambda each: each.strategy)
-    assert fsdp.bytes["weights"] < alone.bytes["weights"] == ddp.bytes["weights"]
+    assert ddp.bytes == alone.bytes and fsdp.bytes["weights"] < alone.bytes["weights"]
     assert ddp.update_seconds is not None and alone.update_seconds is not None
     assert ddp.update_seconds < alone.update_seconds  # a quarter of the microbatches, and the same update
-    assert "`edgepeft run` trains on one" in four.times and "`edgepeft run`" not in one.times
+    assert "`edgepeft run` does DDP" in four.times and "`edgepeft run`" not in one.times
     assert four.updates == 10 and four.as_json()["devices"] == 4
+    alike = small_plan(**values, devices=4, sharded=False)
+    assert alike.candidates == (ddp,)
 
 
 def test_the_objective_of_speed_takes_the_shortest_update() -> None:

@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from edgepeft import hardware, tables
+from edgepeft import hardware, recipe, schedule, tables
 from edgepeft.cli import app
-from edgepeft.errors import UsageError
+from edgepeft.errors import EdgePeftError, UsageError
+from edgepeft.methods import base
 from edgepeft.plan import Candidate, Plan
 
 CONFIG = {
@@ -58,11 +59,11 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
         (["--gpu", "t4-16gb", "--examples", "0"], "--examples 0 must be positive"),
         (["--gpu", "t4-16gb", "--examples", "9", "--epochs", "nan"], "--epochs nan must be positive"),
         (["--gpu", "t4-16gb", "--objective", "beauty"], "'beauty' is not known"),
-        (["--gpu", "t4-16gb", "--gpus", "2", "--recipe", "r.toml"], "--gpus and --recipe"),
         (["--all-gpus", "--gpus", "2"], "--all-gpus and --gpus"),
         (["--gpu", "t4-16gb", "--gpus", "0"], "--gpus 0 must be positive"),
         (["--gpu", "t4-16gb", "--gpus", "3"], "16 cannot be shared among 3"),
         (["--gpu", "raspberry-pi-5-8gb", "--gpus", "2"], "is not a GPU"),
+        (["--gpu", "t4-16gb", "--gpus", "2", "--method", "galore"], "galore cannot be trained on 2 devices"),
     ],
 )
 def test_flags_that_contradict_are_named(arguments: list[str], named: str) -> None:
@@ -81,6 +82,28 @@ def test_every_machine_is_a_row_in_the_terminal_the_page_and_the_json(tiny: Path
     for name in hardware.names():
         assert name in shown.stdout and name in page.read_text(encoding="utf-8")
     assert all(each["candidates"][0]["update_seconds"] > 0 for each in plans)
+
+
+def test_the_recipe_of_several_gpus_is_one_that_can_be_run(tiny: Path, tmp_path: Path) -> None:
+    written = tmp_path / "recipe.toml"
+    arguments = ["--gpu", "t4-16gb", "--gpus", "2", "--method", "lora", "--precision", "fp32", "--recipe", str(written)]
+    assert plan("--model", str(tiny), *arguments).exit_code == 0
+    made = recipe.create(recipe.read(written))
+    assert made.devices == 2 and made.microbatch == 8
+    schedule.check(made, base.create("lora"))
+
+
+def test_no_recipe_is_written_where_only_fsdp_fits(tmp_path: Path) -> None:
+    """Full tuning of 2.1 thousand million parameters in fp32 on GPUs of 16 GB."""
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 16}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | shape))
+    written = tmp_path / "recipe.toml"
+    asked = ["--gpu", "t4-16gb", "--method", "full", "--precision", "fp32", "--recipe", str(written)]
+    with pytest.raises(EdgePeftError, match="fits 4 x t4-16gb by FSDP only, which") as caught:
+        plan("--model", str(tmp_path), "--gpus", "4", *asked)
+    assert "does not fit 4 x t4-16gb with full" in caught.value.cause
+    assert "--method lora --precision nf4" in caught.value.remedy
+    assert caught.value.exit_code == 1 and not written.exists()
 
 
 def test_hours_follow_from_the_data_and_the_time_of_an_update(tiny: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {"errors", "files", "hardware", "machine", "precision", "catalog", "chat", "peft_config", "evidence", "flags"},
-    {"backbone", "anatomy", "data", "runtime", "cross_entropy", "divergence", "roofline", "surface"},
+    {"backbone", "anatomy", "data", "runtime", "cross_entropy", "divergence", "roofline", "surface", "ranks"},
     {"methods", "foreign", "placements", "stage", "step"},
     {
         "recipe",
@@ -39,14 +39,14 @@ FLOORS = (
         "interop",
         "ledger",
     },
-    {"workspace", "train", "merge", "export"},
+    {"workspace", "train", "launch", "merge", "export"},
     {"bring", "probe", "inferplan", "deploy", "report", "sharding"},
     {"replay"},
     {"extrapolate", "measure"},
     {"traces"},
     {"plan"},
     {"planning", "pipeline", "tables", "alternatives"},
-    {"plancommand"},
+    {"plancommand", "worker"},
     {"cli", "__main__"},
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

@@ -93,6 +93,8 @@ def test_settings_that_cannot_be_made(setting: str, part: str) -> None:
         ({"epochs": float("inf")}, "epochs = inf"),
         ({"microbatch": 0}, "microbatch = 0 must be positive"),
         ({"max_steps": 0}, "max_steps = 0 must be positive"),
+        ({"devices": 0}, "devices = 0 must be positive"),
+        ({"devices": 3}, "A global batch of 16 cannot be shared among 3 devices"),
         ({"max_target_tokens": 0}, "max_target_tokens = 0 must be positive"),
         ({"lr": -1e-3}, "lr = -0.001 must be positive"),
         ({"patience": 0}, "patience = 0 must be positive"),

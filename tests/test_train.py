@@ -270,6 +270,8 @@ def test_every_example_is_seen_once_an_epoch(tmp_path: Path) -> None:
     ("changes", "fact", "remedy"),
     [
         ({"microbatch": 3}, "A global batch of 4 cannot be made of microbatches of 3", "microbatch=1"),
+        ({"devices": 2, "microbatch": 4}, "of 4 cannot be made of microbatches of 4 on each of 2", "microbatch=2"),
+        ({"devices": 2, "method": "galore", "options": {"rank": 4}}, "galore cannot be trained on 2", "--method lora"),
         ({"method": "galore", "options": {"rank": 4}}, "galore cannot accumulate", "global_batch to the microbatch, 2"),
         (
             {"method": "galore", "options": {"rank": 4}, "microbatch": 4, "optimizer": "adamw-8bit"},

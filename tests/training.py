@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,9 +16,10 @@ from typing import Any
 import tiny
 import tiny_tokenizers
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from edgepeft import backbone, data, events, recipe
+from edgepeft import backbone, data, events, ranks, recipe
 from edgepeft import train as training
 from edgepeft.adapter import TENSORS
 from edgepeft.backbone import Backbone
@@ -100,13 +103,49 @@ def run(chosen: Recipe, out: Path, on_forward: Callable[[int], None] | None = No
     torch.set_num_threads(1)  # in this process and in those that die: the number decides the last bits of sums
     made, method, read = prepared(chosen, out.parent / "cache")
     if on_forward is not None:
-        count = iter(range(10**9))
-
-        def heard(module: nn.Module, args: Any) -> None:
-            on_forward(next(count))
-
-        made.model.register_forward_pre_hook(heard)
+        _hear(made, on_forward)
     return training.train(chosen, made, method, read, out, start={})
+
+
+def _hear(made: Backbone, on_forward: Callable[[int], None]) -> None:
+    count = iter(range(10**9))
+
+    def heard(module: nn.Module, args: Any) -> None:
+        on_forward(next(count))
+
+    made.model.register_forward_pre_hook(heard)
+
+
+def together(chosen: Recipe, out: Path, count: int = 2, on_forward: Callable[[int], None] | None = None) -> list[int]:
+    """Train in ``count`` processes over gloo and give their exit codes; ``on_forward`` is heard in the last of them.
+
+    What each holds in the end is in ``rank-N.safetensors`` beside ``out``.
+    """
+    prepared(chosen, out.parent / "cache")  # so that the data is there when all look for it
+    meeting = Path(tempfile.mkdtemp(prefix="edgepeft-meeting-"))
+    tiny.remove_at_exit(meeting)
+    processes = [
+        SERVER.Process(target=_rank, args=(chosen, out, rank, count, meeting / "file", on_forward))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(600)
+    return [process.exitcode or 0 for process in processes]
+
+
+def _rank(
+    chosen: Recipe, out: Path, rank: int, count: int, meeting: Path, on_forward: Callable[[int], None] | None
+) -> None:
+    torch.set_num_threads(1)
+    with ranks.joined(rank, count, "cpu", meeting) as ours:
+        made, method, read = prepared(chosen, out.parent / "cache")
+        if on_forward is not None and rank == count - 1:
+            _hear(made, on_forward)
+        training.train(chosen, made, method, read, out, start={}, ranks=ours)
+    held = {name: tensor.detach().clone() for name, tensor in base.state(made.model).items()}
+    save_file(held, out.parent / f"rank-{rank}.safetensors")
 
 
 def run_until_killed(chosen: Recipe, out: Path, passes: int, checkpoint_seconds: int | None = None) -> None:
@@ -114,11 +153,13 @@ def run_until_killed(chosen: Recipe, out: Path, passes: int, checkpoint_seconds:
     if checkpoint_seconds is not None:
         training.CHECKPOINT_SECONDS = checkpoint_seconds
 
-    def die(number: int) -> None:
-        if number == passes:
-            os.kill(os.getpid(), signal.SIGKILL)
+    run(chosen, out, functools.partial(die_at, passes))
 
-    run(chosen, out, die)
+
+def die_at(passes: int, number: int) -> None:
+    """Die without warning in the forward pass after ``passes``."""
+    if number == passes:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_until_killed_while_writing(chosen: Recipe, out: Path, renames: int) -> None:
@@ -138,7 +179,7 @@ def dies(what: Callable[..., None], *arguments: Any) -> None:
     """Run ``what`` in a process that kills itself."""
     process = SERVER.Process(target=what, args=arguments)
     process.start()
-    process.join(120)
+    process.join(600)
     assert process.exitcode == -signal.SIGKILL
 
 

@@ -96,6 +96,15 @@ class Method(ABC):
         if kind != ADAMW and self.updates_in_backward:
             raise no_choice(self.name, kind)
 
+    def check_devices(self, devices: int) -> None:
+        """Refuse, before work starts, several devices that could not share what each of them learned."""
+        if devices > 1 and self.updates_in_backward:
+            raise UsageError(
+                f"{self.name} cannot be trained on {devices} devices.",
+                "It updates each layer inside backward, before the devices could add up their gradients.",
+                "Use one device, or another method: --method lora, --method full.",
+            )
+
     def check_checkpointing(self) -> None:
         """Refuse, before work starts, to compute activations again where that is no use or would go wrong."""
         if not self.backpropagates:
