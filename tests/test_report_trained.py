@@ -16,10 +16,11 @@ STAGES: list[dict[str, Any]] = [
 ]
 
 
-def page(run: Path, stages: list[dict[str, Any]]) -> str:
+def page(run: Path, stages: list[dict[str, Any]], **start: Any) -> str:
     shown = [{**stage, "tokens_per_second": stage["tokens"] / stage["seconds"]} for stage in stages]
     end = {"event": "end", "step": 106, "seconds": 34.0, "measured_peak_bytes": 300 * 2**20, "stages": shown}
-    write_text(run / "events.jsonl", json.dumps({"event": "start", "step": 0}) + "\n" + json.dumps(end) + "\n")
+    begin = {"event": "start", "step": 0, **start}
+    write_text(run / "events.jsonl", json.dumps(begin) + "\n" + json.dumps(end) + "\n")
     return report.write(run).read_text(encoding="utf-8")
 
 
@@ -31,6 +32,11 @@ def test_each_stage_has_a_row(tmp_path: Path) -> None:
 
 def test_one_stage_needs_no_table(tmp_path: Path) -> None:
     assert "parameters trained" not in page(tmp_path / "run", STAGES[:1])
+
+
+def test_several_devices_are_named(tmp_path: Path) -> None:
+    assert "2, each with a copy of the model" in page(tmp_path / "run", STAGES, devices=2)
+    assert "copy of the model" not in page(tmp_path / "run", STAGES, devices=1)
 
 
 def test_counts_are_shown_in_their_units(tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ def _facts(run: Run, loss: list[tuple[int, float]]) -> dict[str, str]:
     if start.get("parameters") and start.get("trainable") is not None:
         share = start["trainable"] / start["parameters"]
         facts["trainable"] = f"{start['trainable']:,} of {start['parameters']:,} parameters ({percent(share)})"
+    if start.get("devices", 1) > 1:
+        facts["devices"] = f"{start['devices']}, each with a copy of the model"
     if loss:
         facts["steps"] = number(loss[-1][0])
         facts["training loss"] = (
