@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from edgepeft import hardware, recipe
-from edgepeft.candidate import needed_bytes
+from edgepeft.candidate import Candidate, needed_bytes
 from edgepeft.errors import UsageError
 from edgepeft.plan import GiB, Plan
 from edgepeft.surface import ADAMW
@@ -24,10 +24,28 @@ STATIC = ("weights", *TRAINED)
 Again = Callable[..., Plan]
 
 
-def remedy(
+@dataclass(frozen=True)
+class Alternative:
+    """A change of the question with which something fits.
+
+    Attributes:
+        change: what to ask for instead, by the names of ``planning.plan_model``'s arguments, or another ``hardware``.
+        method, precision, optimizer, process_bytes: what fits then, and what it takes of a device.
+        text: the change as a person types it, with what is chosen then.
+    """
+
+    change: Mapping[str, Any]
+    method: str
+    precision: str
+    optimizer: str
+    process_bytes: int
+    text: str
+
+
+def find(
     failed: Plan, again: Again, *, tokens: int, method: str | None, precision: str | None, settings: Sequence[str] = ()
-) -> str:
-    """A sentence for the error, with all kinds of changes that help, each alone.
+) -> tuple[Alternative, ...]:
+    """All kinds of changes that help, each alone.
 
     Args:
         again: plans anew with changed arguments of ``planning.plan_model``.
@@ -35,26 +53,33 @@ def remedy(
     """
     ways = [*_smaller(again, method, precision), *_narrower(failed, again, method, settings)]
     ways += _shorter(failed, again, tokens, method)
-    ways += [*_more(failed, again, method), *_larger(failed)]
+    return (*ways, *_more(failed, again, method), *_larger(failed))
+
+
+def remedy(ways: Sequence[Alternative]) -> str:
+    """A sentence for the error."""
     if ways:
-        return f"What would: {'; '.join(ways)}."
+        return f"What would: {'; '.join(way.text for way in ways)}."
     return "A smaller model needs less. No profile has as much memory as this one takes."
 
 
-def _smaller(again: Again, method: str | None, precision: str | None) -> Iterator[str]:
+def _smaller(again: Again, method: str | None, precision: str | None) -> Iterator[Alternative]:
     """The smallest precision with the same method, or else with any."""
     if method is not None and precision not in (None, SMALLEST):
-        found = _planned(again, precision=SMALLEST, first=True)
+        change: dict[str, Any] = {"precision": SMALLEST}
+        found = _planned(again, **change, first=True)
         if found is not None:
-            yield f"--method {method} --precision {_chosen(found)}"
+            yield _alternative(change, found.chosen(), f"--method {method} --precision {_chosen(found)}")
             return
     if method is not None or precision is not None:
         found = _planned(again, method=None, precision=SMALLEST, settings=[], first=True)
         if found is not None:
-            yield f"--method {found.chosen().method} --precision {_chosen(found)}"
+            change = {"method": found.chosen().method, "precision": SMALLEST, "settings": []}
+            text = f"--method {found.chosen().method} --precision {_chosen(found)}"
+            yield _alternative(change, found.chosen(), text)
 
 
-def _narrower(failed: Plan, again: Again, method: str | None, settings: Sequence[str]) -> Iterator[str]:
+def _narrower(failed: Plan, again: Again, method: str | None, settings: Sequence[str]) -> Iterator[Alternative]:
     """A smaller rank or width of the method that was asked for, where what it trains is what does not fit."""
     least = failed.least
     rest = sum(size for kind, size in least.bytes.items() if kind not in TRAINED)
@@ -73,39 +98,44 @@ def _narrower(failed: Plan, again: Again, method: str | None, settings: Sequence
             if value < 1:
                 break
             setting = f"options.{name}={value}"
-            found = _planned(again, precision=least.precision, settings=[*settings, setting])
+            change = {"precision": least.precision, "settings": [*settings, setting]}
+            found = _planned(again, **change)
             if found is not None:
-                yield f"--set {setting} with {method} on {_chosen(found)}"
+                yield _alternative(change, found.chosen(), f"--set {setting} with {method} on {_chosen(found)}")
                 return
 
 
-def _shorter(failed: Plan, again: Again, tokens: int, method: str | None) -> Iterator[str]:
+def _shorter(failed: Plan, again: Again, tokens: int, method: str | None) -> Iterator[Alternative]:
     """Shorter sequences, where what does not depend on them leaves room."""
     least = failed.least
     static = sum(size for kind, size in least.bytes.items() if kind in STATIC)
     if needed_bytes(static, failed.hardware) > failed.hardware.available_bytes:
         return
     while (tokens := tokens // 2) >= SHORTEST:
-        found = _planned(again, tokens=tokens, method=method or least.method, precision=least.precision)
+        change = {"tokens": tokens, "method": method or least.method, "precision": least.precision}
+        found = _planned(again, **change)
         if found is not None:
-            yield f"--seq-len {tokens} with {found.chosen().method} on {_chosen(found)}"
+            text = f"--seq-len {tokens} with {found.chosen().method} on {_chosen(found)}"
+            yield _alternative(change, found.chosen(), text)
             return
 
 
-def _more(failed: Plan, again: Again, method: str | None) -> Iterator[str]:
+def _more(failed: Plan, again: Again, method: str | None) -> Iterator[Alternative]:
     """Several of the same GPU."""
     if failed.devices > 1 or failed.hardware.kind != "cuda":
         return
     least = failed.least
     for devices in MORE:
-        found = _planned(again, devices=devices, method=method or least.method, first=True)
+        change = {"devices": devices, "method": method or least.method}
+        found = _planned(again, **change, first=True)
         if found is not None:
             several = f"{devices} x {failed.hardware.name} (--gpus {devices})"
-            yield f"{several} with {found.chosen().method} on {_chosen(found)}"
+            text = f"{several} with {found.chosen().method} on {_chosen(found)}"
+            yield _alternative(change, found.chosen(), text)
             return
 
 
-def _larger(failed: Plan) -> Iterator[str]:
+def _larger(failed: Plan) -> Iterator[Alternative]:
     """The smallest machine of the same kind that has enough."""
     least = failed.least
     devices = sorted(map(hardware.load, hardware.names()), key=lambda device: device.available_bytes)
@@ -113,7 +143,8 @@ def _larger(failed: Plan) -> Iterator[str]:
         alike = (device.kind, device.bf16) == (failed.hardware.kind, failed.hardware.bf16)
         if alike and needed_bytes(least.reserved_bytes, device) <= device.available_bytes:
             several = f"{failed.devices} x " if failed.devices > 1 else ""
-            yield f"{several}{device.name} with {least.method} on {least.precision}"
+            text = f"{several}{device.name} with {least.method} on {least.precision}"
+            yield _alternative({"hardware": device.name}, least, text)
             return
 
 
@@ -122,6 +153,10 @@ def _planned(again: Again, **changes: Any) -> Plan | None:
         found = again(**changes)
         return found if found.choice is not None else None
     return None
+
+
+def _alternative(change: Mapping[str, Any], chosen: Candidate, text: str) -> Alternative:
+    return Alternative(change, chosen.method, chosen.precision, chosen.optimizer, chosen.process_bytes, text)
 
 
 def _chosen(found: Plan) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,11 +104,9 @@ def plan(
         return
     device = planning.leaving(hardware.load(gpu or hardware.AUTO), round(reserve * 2**30))
     found = planned(device)
-    if as_json:
-        _print_json(found.as_json())
-    elif markdown:
+    if markdown:
         print(tables.markdown(found))
-    else:
+    elif not as_json:
         tables.plan(found)
     again, divided = partial(planned, device), found
     if recipe is not None and found.choice is not None and found.chosen().strategy == FSDP:
@@ -118,9 +117,8 @@ def plan(
     if recipe is not None and found.choice is not None:
         chosen = planning.recipe(found, data or "data.jsonl", seq_len, target_len, global_batch, settings or [], epochs)
         recipes.write(chosen, recipe)
+    ways: tuple[alternatives.Alternative, ...] = ()
     if found.choice is None:
-        if as_json:
-            raise typer.Exit(1)
         fact, cause, _ = found.nothing_fits()
         short = "Nothing fits."
         if divided.choice is not None:
@@ -128,13 +126,15 @@ def plan(
             fact = f"{model} fits {found.machine} by FSDP only, which `edgepeft run` does not do."
         tables.say(f"{short} Looking for what would ...")
         tokens = seq_len or planning.DEFAULT_TOKENS
-        raise EdgePeftError(
-            fact,
-            cause,
-            alternatives.remedy(
-                found, again, tokens=tokens, method=method, precision=precision, settings=settings or []
-            ),
+        ways = alternatives.find(
+            found, again, tokens=tokens, method=method, precision=precision, settings=settings or []
         )
+        if not as_json:
+            raise EdgePeftError(fact, cause, alternatives.remedy(ways))
+    if as_json:
+        _print_json({**divided.as_json(), "alternatives": [asdict(way) for way in ways]})
+        if found.choice is None:
+            raise typer.Exit(1)
 
 
 def _machines(plans: Sequence[Plan], html: Path | None, as_json: bool) -> None:

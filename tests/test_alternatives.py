@@ -55,20 +55,27 @@ def test_shorter_sequences_and_larger_machines_are_proposed_where_they_fit(again
     small = with_free(device, sum(sizes) // 2)
     failed = again(small)
     assert failed.choice is None
-    said = alternatives.remedy(
+    found = alternatives.find(
         failed, lambda **changes: again(small, **changes), tokens=2048, method="ln_tuning", precision="bf16"
     )
+    said = alternatives.remedy(found)
     assert "--seq-len 1024 with ln_tuning on bf16" in said
     assert "jetson-orin-nano-8gb with ln_tuning on bf16" in said
-    assert again(small, tokens=1024).choice is not None
+    for way in found:  # each is true as it stands
+        device = hardware.load(way.change["hardware"]) if "hardware" in way.change else small
+        chosen = again(device, **{name: value for name, value in way.change.items() if name != "hardware"}).chosen()
+        assert (chosen.method, chosen.precision, chosen.optimizer) == (way.method, way.precision, way.optimizer)
+        assert "hardware" in way.change or chosen.process_bytes == way.process_bytes
+    assert {"tokens", "hardware"} <= {name for way in found for name in way.change}
 
 
 def test_sequences_are_not_shortened_in_vain(again: Callable[..., Plan]) -> None:
     none = with_free(hardware.load("a100-40gb"), 1 << 20)  # less than the weights
     failed = again(none)
-    said = alternatives.remedy(
+    found = alternatives.find(
         failed, lambda **changes: again(none, **changes), tokens=2048, method=None, precision=None
     )
+    said = alternatives.remedy(found)
     assert "--seq-len" not in said and "--method" not in said and "jetson" in said
 
 
@@ -80,7 +87,7 @@ def test_a_narrower_adapter_is_proposed_where_it_fits(again: Callable[..., Plan]
     ]
     small = with_free(device, sum(sizes) // 2)
     failed = again(small, **asked, settings=["options.rank=256"])
-    said = alternatives.remedy(
+    found = alternatives.find(
         failed,
         lambda **changes: again(small, **{**asked, **changes}),
         tokens=32,
@@ -88,7 +95,7 @@ def test_a_narrower_adapter_is_proposed_where_it_fits(again: Callable[..., Plan]
         precision="bf16",
         settings=["options.rank=256"],
     )
-    assert "--set options.rank=128 with lora on bf16" in said
+    assert "--set options.rank=128 with lora on bf16" in alternatives.remedy(found)
 
 
 def with_free(device: Hardware, free_bytes: int) -> Hardware:

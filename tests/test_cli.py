@@ -106,4 +106,7 @@ def test_plan_exits_with_1_when_nothing_fits(tmp_path: Path) -> None:
     arguments = ["--model", tmp_path, "--gpu", profile, "--method", "ln_tuning", "--precision", "nf4"]
     refused(edgepeft("plan", *arguments, EDGEPEFT_CACHE=str(tmp_path)), 1, "does not fit", "What would: ")
     found = edgepeft("plan", *arguments, "--json", EDGEPEFT_CACHE=str(tmp_path))
-    assert found.returncode == 1 and json.loads(found.stdout)["choice"] is None
+    answer = json.loads(found.stdout)
+    assert found.returncode == 1 and answer["choice"] is None
+    assert {"hardware"} in [way["change"].keys() for way in answer["alternatives"]]
+    assert all(way["text"] and way["process_bytes"] > 0 for way in answer["alternatives"])
