@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgepeft import candidate as on_device
-from edgepeft import evidence, roofline, traces
+from edgepeft import evidence, roofline, sharding, traces
 from edgepeft import hardware as profiles
 from edgepeft.candidate import DDP, FSDP, Candidate, needed_bytes
 from edgepeft.errors import EdgePeftError, UsageError
@@ -278,9 +278,7 @@ def _shared(configuration: Configuration, traced: Surface, devices: int, sharded
     ways = [(DDP, traced)]  # gradients are added up where they are: each device holds what one alone does
     if not sharded:
         return ways
-    from edgepeft import sharding  # loads torch
-
-    found = sharding.of(configuration, devices)
+    found = sharding.inventory(traces.units(configuration), devices)
     return [*ways, (FSDP, sharding.sharded(traced, found))] if found.divisible else ways
 
 

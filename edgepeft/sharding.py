@@ -11,20 +11,52 @@ Packed weights (int8, NF4) are buffers, which it does not cut: every device hold
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import AutoConfig
-
-from edgepeft.backbone import Backbone, skeleton
-from edgepeft.catalog.fields import at_depth, depth
-from edgepeft.methods import base
 from edgepeft.roofline import Work
-from edgepeft.surface import KINDS, Configuration, Moment, Surface
+from edgepeft.surface import KINDS, Moment, Surface
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Parameters that are alike.
+
+    Attributes:
+        own: whether they are the backbone's; the method added the others.
+        rows: of the first dimension, which is cut; 0 of a scalar. ``row_bytes``: what one of them takes.
+        count: how many such parameters there are, carried on from models of fewer layers: see ``units``.
+    """
+
+    own: bool
+    trained: bool
+    rows: int
+    row_bytes: int
+    count: float
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is put together at once: the parameters outside of layers, or those of one of ``count`` layers alike."""
+
+    count: float
+    shapes: tuple[Shape, ...]
+
+    def plain(self) -> list[Any]:
+        """As JSON, for files: see ``read``."""
+        return [self.count, [list(map(_short, astuple(shape))) for shape in self.shapes]]
+
+
+def _short(number: float) -> float:
+    """Truth values and what is whole as whole numbers: files stay small."""
+    return int(number) if number == int(number) else number
+
+
+def read(plain: Sequence[Any]) -> Unit:
+    """The opposite of ``Unit.plain``."""
+    shapes = (Shape(bool(own), bool(trained), *sizes) for own, trained, *sizes in plain[1])
+    return Unit(plain[0], tuple(shapes))
 
 
 @dataclass(frozen=True)
@@ -53,55 +85,38 @@ class Inventory:
         return self.trained[1] / max(1, self.trained[0])
 
 
-def of(configuration: Configuration, devices: int) -> Inventory:
-    """The inventory of a configuration, from two shallow models."""
-    full = depth(configuration.model)
-    low, high = base.create(configuration.method, configuration.options).depths()
-    depths = (low, high) if full > high and full % 2 == 0 else (full, full)
-    found = [inventory(_built(configuration, layers), devices) for layers in depths]
-    one, other = found
-    place = (full - low) / (high - low) if depths[0] != depths[1] else 0.0
+def inventory(units: Sequence[Unit], devices: int) -> Inventory:
+    """The inventory of one of several devices.
 
-    def whole(name: str) -> tuple[int, int]:
-        a, b = getattr(one, name), getattr(other, name)
-        return round(a[0] + place * (b[0] - a[0])), round(a[1] + place * (b[1] - a[1]))
+    Args:
+        units: first the parameters outside of layers, then each kind of layer.
+    """
 
-    return replace(other, weights=whole("weights"), adapter=whole("adapter"), trained=whole("trained"))
+    def both(wanted: Callable[[Shape], bool]) -> tuple[int, int]:
+        sizes = [(unit.count * each.count, each) for unit in units for each in unit.shapes if wanted(each)]
+        whole = sum(count * max(1, each.rows) * each.row_bytes for count, each in sizes)
+        return round(whole), round(sum(count * share_bytes(each, devices) for count, each in sizes))
 
+    def gathered(shapes: Iterable[Shape]) -> int:
+        return devices * round(sum(each.count * share_bytes(each, devices) for each in shapes))
 
-def inventory(made: tuple[Backbone, set[str]], devices: int) -> Inventory:
-    """The inventory of a model that a method is applied to, with the names of the backbone's own parameters."""
-    backbone, own = made
-    named = dict(backbone.model.named_parameters())
-    layers = [f"{block.path}." for block in backbone.anatomy.blocks]
-    units: dict[str, list[Tensor]] = {layer: [] for layer in ["", *layers]}
-    for name, parameter in named.items():
-        units[next((layer for layer in layers if name.startswith(layer)), "")].append(parameter)
-
-    def both(tensors: Iterable[Tensor]) -> tuple[int, int]:
-        kept = list(tensors)
-        return sum(tensor.nbytes for tensor in kept), sum(share_bytes(tensor, devices) for tensor in kept)
-
-    def gathered(tensors: Iterable[Tensor]) -> int:
-        return devices * sum(share_bytes(tensor, devices) for tensor in tensors)
-
-    largest = max((units[layer] for layer in layers), key=gathered)
+    root, *layers = units
+    largest = max((unit for unit in layers if unit.count > 0), key=lambda unit: gathered(unit.shapes))
     return Inventory(
-        weights=both(p for n, p in named.items() if n in own),
-        adapter=both(p for n, p in named.items() if n not in own),
-        trained=both(p for p in named.values() if p.requires_grad),
-        root=gathered(units[""]),
-        layer=gathered(largest),
-        root_trained=gathered(p for p in units[""] if p.requires_grad),
-        layer_trained=gathered(p for p in largest if p.requires_grad),
-        divisible=all(parameter.dim() for parameter in named.values()),
+        weights=both(lambda each: each.own),
+        adapter=both(lambda each: not each.own),
+        trained=both(lambda each: each.trained),
+        root=gathered(root.shapes),
+        layer=gathered(largest.shapes),
+        root_trained=gathered(each for each in root.shapes if each.trained),
+        layer_trained=gathered(each for each in largest.shapes if each.trained),
+        divisible=all(each.rows for unit in units for each in unit.shapes),
     )
 
 
-def share_bytes(parameter: Tensor, devices: int) -> int:
-    """What the first of several devices holds of a parameter that is cut along its first dimension."""
-    rows = len(parameter) if parameter.dim() else 1
-    return -(-rows // devices) * (parameter.nbytes // max(1, rows))
+def share_bytes(shape: Shape, devices: int) -> int:
+    """What the first of several devices holds of one such parameter, cut along its first dimension."""
+    return -(-max(1, shape.rows) // devices) * shape.row_bytes
 
 
 def sharded(surface: Surface, found: Inventory) -> Surface:
@@ -154,16 +169,3 @@ def _more(moment: Moment, kind: str, size: int) -> Moment:
 
 def _scaled(work: Mapping[str, Work], share: float) -> dict[str, Work]:
     return {kind: Work(each.calls, round(each.flops * share), round(each.bytes * share)) for kind, each in work.items()}
-
-
-def _built(configuration: Configuration, layers: int) -> tuple[Backbone, set[str]]:
-    fields: dict[str, Any] = copy.deepcopy(at_depth(configuration.model, layers))
-    method = base.create(configuration.method, configuration.options)
-    with torch.device("meta"):
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        backbone = skeleton(
-            config, task=configuration.task, at=configuration.precision, labels=configuration.labels, pack=method.pack
-        )
-        own = {name for name, _ in backbone.model.named_parameters()}
-        base.apply(method, backbone)
-    return backbone, own

@@ -1,4 +1,7 @@
-"""Surfaces of configurations: shipped with the catalogue, kept on this disk, or traced, which alone needs torch."""
+"""Surfaces of configurations: shipped with the catalogue, kept on this disk, or traced, which alone needs torch.
+
+So are the parameters of models with a method in them, as several devices share them.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from edgepeft import surface
+from edgepeft import sharding, surface
 from edgepeft.catalog import entry, names
 from edgepeft.errors import EdgePeftError
 from edgepeft.files import write_json
 from edgepeft.peft_config import path_of, text_of
+from edgepeft.sharding import Unit
 from edgepeft.surface import ADAMW, Configuration, Surface
 
 METHODS = "methods.json"
@@ -91,9 +95,8 @@ def find(
 
 def shipped(configuration: Configuration) -> Surface | None:
     """The surface that came with the catalogue, if it is this very configuration."""
-    usual = (configuration.labels, configuration.accumulates, dict(configuration.options)) == (LABELS, True, {})
-    name = _catalogue_name(configuration.model) if usual else None
-    if name is None or entry(name)["_edgepeft"]["task"] != configuration.task:  # type: ignore[index]
+    name = _usual_name(configuration) if configuration.accumulates else None
+    if name is None:
         return None
     if configuration.tokens != usual_tokens(configuration.model):
         return None
@@ -101,6 +104,34 @@ def shipped(configuration: Configuration) -> Surface | None:
         return None
     plain = _shipped_surfaces(name).get(key(configuration))
     return None if plain is None else surface.read(plain)
+
+
+def units(configuration: Configuration) -> tuple[Unit, ...]:
+    """What a model with a method in it has of parameters, for ``sharding.inventory``.
+
+    Raises:
+        UsageError: the method does not fit the model.
+    """
+    name = _usual_name(configuration)
+    plain = None if name is None else _shipped_surfaces(name).get(units_key(configuration))
+    path = _path(replace(configuration, checkpointing=False, tokens=0, target_tokens=0, cuda=False, optimizer=ADAMW))
+    path = path.with_suffix(".units.json")
+    if plain is None:
+        with contextlib.suppress(OSError, ValueError):
+            plain = json.loads(path.read_text(encoding="utf-8"))
+    if plain is not None:
+        return tuple(map(sharding.read, plain))
+    from edgepeft import units as counting  # loads torch
+
+    found = counting.of(configuration)
+    with contextlib.suppress(OSError):
+        write_json(path, [unit.plain() for unit in found])
+    return found
+
+
+def units_key(configuration: Configuration) -> str:
+    """What distinguishes the parameters of one model in its shipped file."""
+    return f"{configuration.method} {configuration.precision}"
 
 
 def usual_tokens(model: Mapping[str, Any]) -> int:
@@ -166,6 +197,15 @@ def _shipped_surfaces(name: str) -> dict[str, Any]:
     path = files("edgepeft.catalog").joinpath("traces", f"{name}.json.gz")
     found: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes())) if path.is_file() else {}
     return found
+
+
+def _usual_name(configuration: Configuration) -> str | None:
+    """The catalogue's name of the model, where its task, its labels and the method's options are the usual ones."""
+    if (configuration.labels, dict(configuration.options)) != (LABELS, {}):
+        return None
+    name = _catalogue_name(configuration.model)
+    known = None if name is None else entry(name)
+    return name if known is not None and known["_edgepeft"]["task"] == configuration.task else None
 
 
 @cache

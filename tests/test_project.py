@@ -41,7 +41,7 @@ FLOORS = (
     },
     {"workspace", "train", "launch", "merge", "export"},
     {"bring", "probe", "inferplan", "deploy", "report", "sharding"},
-    {"replay"},
+    {"replay", "units"},
     {"extrapolate", "measure"},
     {"traces"},
     {"plan"},

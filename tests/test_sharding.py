@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from edgepeft import extrapolate, precision, probe, sharding
+from edgepeft import extrapolate, precision, probe, sharding, units
 from edgepeft.backbone import Backbone
 from edgepeft.methods import base
 from edgepeft.step import TrainingStep
@@ -62,7 +63,7 @@ def tracked(wanted: Configuration, mesh: dist.device_mesh.DeviceMesh) -> tuple[i
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_share_is_what_fsdp_holds(method: str, mesh: dist.device_mesh.DeviceMesh) -> None:
     wanted = configuration(method, "fp32", model=MODEL, bf16=False)
-    found = sharding.of(wanted, DEVICES)
+    found = sharding.inventory(units.of(wanted), DEVICES)
     surface = sharding.sharded(extrapolate.surface(wanted), found)
     peak, held = tracked(wanted, mesh)
     assert held["SHARDED_PARAM"] == found.weights[1] + found.adapter[1]
@@ -76,6 +77,21 @@ def test_a_share_is_what_fsdp_holds(method: str, mesh: dist.device_mesh.DeviceMe
 
 
 def test_packed_weights_are_whole_on_every_device_and_scalars_are_refused() -> None:
-    nf4, bf16 = (sharding.of(configuration("lora", at, model=MODEL), DEVICES) for at in ("nf4", "bf16"))
+    nf4, bf16, lst = (
+        sharding.inventory(units.of(configuration(method, at, model=model)), DEVICES)
+        for method, at, model in (("lora", "nf4", MODEL), ("lora", "bf16", MODEL), ("lst", "bf16", LLAMA))
+    )
     assert nf4.adapter == bf16.adapter and nf4.weights[0] < bf16.weights[0] / 2  # embeddings, head and norms are left
-    assert nf4.divisible and not sharding.of(configuration("lst", "bf16"), DEVICES).divisible
+    assert nf4.divisible and not lst.divisible
+
+
+@pytest.mark.parametrize("method", ["lora", "top_layers", "intrinsic_said", "lst"])
+def test_units_of_the_whole_depth_follow_from_shallow_models_and_survive_their_file(method: str) -> None:
+    wanted = configuration(method, "bf16", model={**LLAMA, "num_hidden_layers": 12})
+    found = units.of(wanted)
+    assert tuple(map(sharding.read, json.loads(json.dumps([unit.plain() for unit in found])))) == found
+    made, own = units._built(wanted, 12)
+    named = dict(made.model.named_parameters())
+    inventory = sharding.inventory(found, DEVICES)
+    assert inventory.weights[0] == sum(named[name].nbytes for name in own & named.keys())
+    assert inventory.trained[0] == sum(p.nbytes for p in named.values() if p.requires_grad)

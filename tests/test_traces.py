@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
-from edgepeft import evidence, extrapolate, planning, recipe, surface, traces
+from edgepeft import evidence, extrapolate, planning, recipe, surface, traces, units
 from edgepeft import hardware as profiles
 from edgepeft.errors import UsageError
 from edgepeft.methods import base
@@ -38,22 +39,41 @@ def test_shipped_surfaces_are_what_would_be_traced_now(name: str, method: str, p
 
 
 @pytest.mark.parametrize("name", SHIPPED[:1])
-def test_a_shipped_model_is_planned_without_torch(name: str) -> None:
+@pytest.mark.parametrize("more", [[], ["--gpus", "2"]])
+def test_a_shipped_model_is_planned_without_torch(name: str, more: list[str]) -> None:
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
-        f"sys.argv = ['edgepeft', 'plan', '--model', {name!r}, '--gpu', {GPU!r}, '--json']; "
+        f"sys.argv = ['edgepeft', 'plan', '--model', {name!r}, '--gpu', {GPU!r}, '--json', *{more}]; "
         "from edgepeft.cli import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stderr  # 1: nothing fits
     found = json.loads(done.stdout)
-    assert {each["method"] for each in found["candidates"]} == set(PREFERRED)
+    assert {each["method"] for each in found["candidates"]} == set(PREFERRED) - ({"galore"} if more else set())
 
 
 def test_every_shipped_model_has_its_usual_configurations() -> None:
     for name in SHIPPED:
         for method in PREFERRED:
-            assert traces.shipped(traces.usual(name, method, "bf16")) is not None, (name, method)
+            wanted = traces.usual(name, method, "bf16")
+            assert traces.shipped(wanted) is not None, (name, method)
+            assert traces.units_key(wanted) in traces._shipped_surfaces(name), (name, method)
+
+
+@pytest.mark.parametrize(("method", "precision"), [("lora", "nf4"), ("lst", "bf16"), ("full", "bf16")])
+def test_shipped_parameters_are_what_would_be_counted_now(method: str, precision: str) -> None:
+    wanted = traces.usual("t5-11b", method, precision)
+    assert traces.units(wanted) == units.of(wanted)
+
+
+def test_parameters_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPEFT_CACHE", str(tmp_path))
+    wanted = replace(traces.usual("gpt2", "lora", "bf16"), options={"rank": 3})
+    found = traces.units(wanted)
+    monkeypatch.setattr(units, "of", None)
+    assert traces.units(replace(wanted, checkpointing=True, tokens=8)) == found
+    with pytest.raises(TypeError):
+        traces.units(replace(wanted, options={"rank": 4}))
 
 
 @pytest.mark.parametrize("name", SHIPPED[:1])

@@ -2,7 +2,8 @@
 
 Usage: ``python tools/traces.py [--models t5-11b ...] [--devices cuda-bf16 ...] [--check N]``. What is in a model's file
 is kept, so that it can be stopped and started again; delete the file to trace anew after the code has changed. The
-surfaces of one model and kind of device take about a minute of one core. ``--check N`` traces N of the shipped
+surfaces of one model and kind of device take about a minute of one core; the parameters that several devices share,
+which come with them, some seconds. ``--check N`` traces N of the shipped
 configurations afresh and fails where one differs.
 """
 
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgepeft import catalog, traces
+from edgepeft import catalog, traces, units
 from edgepeft.errors import EdgePeftError
 from edgepeft.files import write_json
 from edgepeft.methods import base
@@ -41,6 +42,17 @@ def main() -> int:
     FOLDER.mkdir(exist_ok=True)
     write_json(FOLDER / traces.METHODS, {name: vars(traces.traits_of(base.find(name))) for name in base.names()})
     stored = {name: _read(name) for name in chosen.models}
+    for name in chosen.models:
+        missing = {
+            traces.units_key(each): each
+            for device in chosen.devices
+            for each in configurations(name, device)
+            if traces.units_key(each) not in stored[name]
+        }
+        for key, configuration in missing.items():
+            stored[name][key] = [unit.plain() for unit in units.of(configuration)]
+        if missing:
+            print(f"{name}: parameters, {_write(name, stored[name]):,} bytes", flush=True)
     wanted = [
         (name, configuration)
         for device in chosen.devices
