@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,52 +115,58 @@ def measure(
         tables.measured(row)
 
 
-@app.command()
-def run(
-    out: Out,
-    model: Model = None,
-    data: DataOption = None,
-    recipe: flags.Recipe = None,
-    gpu: flags.Gpu = None,
-    gpus: flags.Gpus = None,
-    task: flags.Task = None,
-    method: flags.Method = None,
-    precision: flags.Precision = None,
-    optimizer: flags.Optimizer = None,
-    seq_len: flags.SeqLen = None,
-    target_len: flags.TargetLen = None,
-    global_batch: flags.GlobalBatch = None,
-    settings: flags.Set = None,
-    as_json: flags.Json = False,
-) -> None:
-    """Plan, train, merge, export, verify and package. The same command goes on where an earlier one stopped."""
-    flagged = model, data, gpu, gpus, task, method, precision, optimizer, seq_len, target_len, global_batch
-    values = _values(recipe, settings, *flagged)
-    _run(values, out, "export", as_json)
+def _to(until: str) -> Callable[..., None]:
+    """A command that begins a run or goes on with it, up to a stage."""
+
+    def command(
+        out: Out,
+        model: Model = None,
+        data: DataOption = None,
+        recipe: flags.Recipe = None,
+        gpu: flags.Gpu = None,
+        gpus: flags.Gpus = None,
+        task: flags.Task = None,
+        method: flags.Method = None,
+        precision: flags.Precision = None,
+        optimizer: flags.Optimizer = None,
+        seq_len: flags.SeqLen = None,
+        target_len: flags.TargetLen = None,
+        global_batch: flags.GlobalBatch = None,
+        settings: flags.Set = None,
+        as_json: flags.Json = False,
+    ) -> None:
+        from edgepeft import recipe as recipes
+
+        values = recipes.read(recipe) if recipe else {}
+        flagged = {
+            "model": model,
+            "data": data,
+            "hardware": gpu,
+            "devices": gpus,
+            "task": task,
+            "method": method,
+            "precision": precision,
+            "optimizer": optimizer,
+            "max_tokens": seq_len,
+            "max_target_tokens": target_len,
+            "global_batch": global_batch,
+        }
+        values |= {name: value for name, value in flagged.items() if value is not None}
+        for setting in settings or []:  # the recipe file, then flags, then --set: the later one wins
+            recipes.assign(values, setting)
+        if gpus is not None:
+            from edgepeft import hardware, planning
+
+            planning.check_devices(gpus, hardware.load(values.get("hardware", hardware.AUTO)))
+        _run(values, out, until, as_json)
+
+    return command
 
 
-@app.command()
-def train(
-    out: Out,
-    model: Model = None,
-    data: DataOption = None,
-    recipe: flags.Recipe = None,
-    gpu: flags.Gpu = None,
-    gpus: flags.Gpus = None,
-    task: flags.Task = None,
-    method: flags.Method = None,
-    precision: flags.Precision = None,
-    optimizer: flags.Optimizer = None,
-    seq_len: flags.SeqLen = None,
-    target_len: flags.TargetLen = None,
-    global_batch: flags.GlobalBatch = None,
-    settings: flags.Set = None,
-    as_json: flags.Json = False,
-) -> None:
-    """Plan and train only."""
-    flagged = model, data, gpu, gpus, task, method, precision, optimizer, seq_len, target_len, global_batch
-    values = _values(recipe, settings, *flagged)
-    _run(values, out, "train", as_json)
+app.command(
+    "run", help="Plan, train, merge, export, verify and package. The same command goes on where an earlier one stopped."
+)(_to("export"))
+app.command("train", help="Plan and train only.")(_to("train"))
 
 
 @app.command()
@@ -224,48 +230,6 @@ def main() -> None:
         sys.stdout.flush()
         print(f"{error.filename} cannot be used.\n{error.strerror}.\nChoose another path.", file=sys.stderr)
         sys.exit(EdgePeftError.exit_code)
-
-
-def _values(
-    recipe: Path | None,
-    settings: Sequence[str] | None,
-    model: str | None,
-    data: str | None,
-    gpu: str | None,
-    gpus: int | None,
-    task: str | None,
-    method: str | None,
-    precision: str | None,
-    optimizer: str | None,
-    seq_len: int | None,
-    target_len: int | None,
-    global_batch: int | None,
-) -> dict[str, Any]:
-    """The recipe file, then flags, then --set: the later one wins."""
-    from edgepeft import recipe as recipes
-
-    values = recipes.read(recipe) if recipe else {}
-    flags = {
-        "model": model,
-        "data": data,
-        "hardware": gpu,
-        "devices": gpus,
-        "task": task,
-        "method": method,
-        "precision": precision,
-        "optimizer": optimizer,
-        "max_tokens": seq_len,
-        "max_target_tokens": target_len,
-        "global_batch": global_batch,
-    }
-    values |= {name: value for name, value in flags.items() if value is not None}
-    for setting in settings or []:
-        recipes.assign(values, setting)
-    if gpus is not None:
-        from edgepeft import hardware, planning
-
-        planning.check_devices(gpus, hardware.load(values.get("hardware", hardware.AUTO)))
-    return values
 
 
 def _stored(folder: Path) -> dict[str, Any]:
