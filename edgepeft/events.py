@@ -13,6 +13,7 @@ import psutil
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from edgepeft import machine
 from edgepeft.files import write_text
 
 
@@ -75,6 +76,13 @@ def progress_bar(total: int, done: int, *, shown: bool) -> Iterator[Callable[[Ma
             bar.update(task, advance=1, loss=event["loss"], speed=speed, memory=memory)
 
         yield advance
+
+
+def most_bytes(device: torch.device) -> int:
+    """The most that this process held so far: reserved by the allocator on a CUDA device, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return machine.peak_resident_bytes()
 
 
 def memory_bytes(device: torch.device) -> int:

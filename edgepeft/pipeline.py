@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from edgepeft import adapter, backbone, bring, counts, data, deploy, ledger, plan, probe, report, schedule
+from edgepeft import adapter, backbone, bring, counts, data, deploy, ledger, machine, plan, probe, report, schedule
 from edgepeft import merge as merging
 from edgepeft import recipe as recipes
 from edgepeft import train as training
@@ -136,7 +136,12 @@ class _Job:
             optimizer=chosen.optimizer,
         )
         exact = self._plan(self.recipe, size, accumulates=size != share).chosen()
-        predicted = {"predicted_peak_bytes": exact.step_bytes, "predicted_phases": exact.phases, "bytes": exact.bytes}
+        predicted = {
+            "predicted_peak_bytes": exact.step_bytes,
+            "predicted_process_bytes": exact.process_bytes,
+            "predicted_phases": exact.phases,
+            "bytes": exact.bytes,
+        }
         write_json(self.space.plan, {**found.as_json(), **predicted})
         recipes.write(self.recipe, self.space.recipe)
         self.say(f"plan: {self._choice()}; {exact.step_bytes / 2**30:.2f} GiB of tensors predicted. {found.why}")
@@ -249,7 +254,10 @@ class _Job:
         rows[-1] = dataclasses.replace(rows[-1], counts={**rows[-1].counts, **self._changed(method, rows[-1])})
         ledger.record(self.space.ledger, *rows)
         if self.space.plan.exists():  # of an adapter that was trained elsewhere, nothing was planned
-            write_json(self.space.plan, {**self._planned(), "measured_phases": held})
+            found: dict[str, Any] = {"measured_phases": held}
+            if self.hardware.kind == "cpu":  # where what was predicted of the process is with merging
+                found["measured_process_bytes"] = machine.peak_resident_bytes()
+            write_json(self.space.plan, {**self._planned(), **found})
         self.space.finish("merge", inputs)
         for row in rows:
             self.say(f"merge: {row.artefact}: {_shown(row.metrics)}{'' if row.kept else ' (not kept)'}")

@@ -349,6 +349,7 @@ class _Run:
             self.progress.step,
             measured_peak_bytes=self.progress.peak_bytes,
             measured_phases=self.progress.phases,
+            measured_process_bytes=events.most_bytes(self.device),
             seconds=self.progress.sum("seconds"),
             tokens_per_second=self.progress.sum("tokens") / max(self.progress.sum("seconds"), 1e-9),
             stages=stages,

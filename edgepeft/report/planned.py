@@ -74,15 +74,22 @@ def _phases(run: Run) -> Html | None:
         return None
     columns = ("phase", "predicted", "measured", "error")
     rows = []
-    for name in dict.fromkeys((*predicted, *measured)):
-        both = predicted.get(name), measured.get(name)
+    plan = run.plan or {}
+    process = plan.get("measured_process_bytes") or run.last("end").get("measured_process_bytes")
+    sizes_of = {name: (predicted.get(name), measured.get(name)) for name in dict.fromkeys((*predicted, *measured))}
+    sizes_of["the whole process"] = plan.get("predicted_process_bytes"), process
+    for name, both in sizes_of.items():
         error = f"{100 * (both[0] / both[1] - 1):+.1f} %" if both[0] is not None and both[1] else ""
         sizes = ("" if size is None else memory(size) for size in both)
         rows.append(
             tag("tr", *(cell(value, column) for value, column in zip((name, *sizes, error), columns, strict=True)))
         )
     head = tag("thead", tag("tr", *(tag("th", column, scope="col") for column in columns)))
-    note = "Bytes of tensors at the peak of each phase. Without a measurement: not reached, or not to be followed here."
+    note = (
+        "Bytes of tensors at the peak of each phase. Without a measurement: not reached, or not to be followed here. "
+        "Of the whole process: on a CPU what is resident, with libraries and what the heap keeps; on a GPU what is "
+        "reserved."
+    )
     return join(tag("table", head, tag("tbody", *rows)), tag("p", note, class_="note"))
 
 
