@@ -17,7 +17,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    {"errors", "files", "hardware", "machine", "precision", "catalog", "chat", "peft_config", "evidence", "flags"},
+    {
+        "errors",
+        "files",
+        "hardware",
+        "heap",
+        "machine",
+        "precision",
+        "catalog",
+        "chat",
+        "peft_config",
+        "evidence",
+        "flags",
+    },
     {"backbone", "anatomy", "data", "runtime", "cross_entropy", "divergence", "roofline", "surface", "ranks"},
     {"methods", "foreign", "placements", "stage", "step"},
     {
