@@ -169,7 +169,7 @@ def _cells(bench: Bench, line: Line, full: Line, bar: tuple[str, float, float]) 
     if not line.runs:
         return [line.row.name, *[""] * 7, *speeds, merges, runs, "; ".join(notes)]
     run = line.runs[0]
-    if options := {k: v for k, v in run["options"].items() if k not in line.row.options}:
+    if options := run["options"]:
         notes.append("narrow: " + ", ".join(f"{name} {value}" for name, value in options.items()))
     if run["trained_most"] != run["trained"]:
         notes.append(f"at most {run['trained_most'] / 1e6:.2f} M in an earlier stage")

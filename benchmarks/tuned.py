@@ -71,7 +71,7 @@ def tune(bench_name: str, row: Row, rate: float, seed: int) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         stages = [event for event in _events(Path(folder)) if event["event"] == "end"][-1]["stages"]
     return {
-        "options": dict(_plain(method)),
+        "options": {name: value for name, value in _plain(method) if name not in row.options},
         "dev": done.metrics,
         **score(bench, made.model),
         "trained": stages[-1]["trained"],
