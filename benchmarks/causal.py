@@ -74,11 +74,13 @@ def trace(setup: dict[str, Any], layers: int | None) -> Tracker:
     import peft
 
     style = STYLES[setup["style"]]
-    quant: Literal["single", "double"] | None = {"nf4": "single", "nf4-dq": "double"}.get(setup["quant"])  # type: ignore
+    quants: dict[str, Literal["single", "double"]] = {"nf4": "single", "nf4-dq": "double"}
     old_product = mock.patch.object(hf.FakeLinear4bit, "forward", bnb043.forward)
     with fake_device(cuda=style.device) as tracker, hf.patched(padded=False), old_product:
         with tracker.phase("load"):
-            model = hf.load(_config(setup["model"], layers), torch.bfloat16, attention="sdpa", nf4=quant)
+            model = hf.load(
+                _config(setup["model"], layers), torch.bfloat16, attention="sdpa", nf4=quants.get(setup["quant"])
+            )
             model.config.use_cache = False
             reentrant = {"use_reentrant": True}
             if style.upcast:

@@ -15,8 +15,8 @@ def without_holes() -> Iterator[None]:
     """Give back to the system what is freed meanwhile; afterwards the heap works as it does after some large frees.
 
     Packing a model frees temporaries between small pieces that stay: glibc kept 240 to 460 MiB of SmolLM2-135M's heap
-    from run to run, for 60 MiB of packed weights. Blocks of their own do not cost noticeable time in loading; in
-    training they would. Nothing happens where the C library is not glibc.
+    from run to run, for 60 MiB of packed weights. Large blocks are mapped one by one meanwhile; not in training, where
+    every update would map them anew. Nothing happens where the C library is not glibc.
     """
     try:
         library = ctypes.CDLL(None)

@@ -137,13 +137,16 @@ def test_error_of_the_prediction_is_a_share_of_the_measurement(run: Path) -> Non
 def test_phases_are_held_against_what_was_measured(run: Path) -> None:
     gib = 2**30
     planned = {"loading": gib, "forward+backward": 3 * gib, "merge": 2 * gib}
-    write_json(run / "plan.json", {**PLAN, "predicted_phases": planned, "measured_phases": {"merge": 4 * gib}})
+    process = {"predicted_process_bytes": 6 * gib, "measured_process_bytes": gib}  # merged by another one, later
+    merged = {"measured_phases": {"merge": 4 * gib}}
+    write_json(run / "plan.json", {**PLAN, "predicted_phases": planned, **process, **merged})
     ended = {"event": "end", "step": 400, "measured_phases": {"forward+backward": 2 * gib, "evaluation": gib}}
-    write_text(run / "events.jsonl", lines([*events(), ended]))
+    write_text(run / "events.jsonl", lines([*events(), {**ended, "measured_process_bytes": 8 * gib}]))
     rows = {row[0]: row[1:] for row in page(run).rows if len(row) == 4}
     assert rows["forward+backward"] == ["3.00 GiB", "2.00 GiB", "+50.0 %"]
     assert rows["merge"] == ["2.00 GiB", "4.00 GiB", "-50.0 %"]
     assert rows["loading"] == ["1.00 GiB", "", ""] and rows["evaluation"] == ["", "1.00 GiB", ""]
+    assert rows["the whole process"] == ["6.00 GiB", "8.00 GiB", "-25.0 %"]
 
 
 def test_every_candidate_is_shown_and_the_choice_comes_first(run: Path) -> None:

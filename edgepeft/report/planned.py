@@ -75,7 +75,8 @@ def _phases(run: Run) -> Html | None:
     columns = ("phase", "predicted", "measured", "error")
     rows = []
     plan = run.plan or {}
-    process = plan.get("measured_process_bytes") or run.last("end").get("measured_process_bytes")
+    # Training and merging may be of different processes: of a run that went on later, or on several devices.
+    process = max(each.get("measured_process_bytes") or 0 for each in (plan, run.last("end"))) or None
     sizes_of = {name: (predicted.get(name), measured.get(name)) for name in dict.fromkeys((*predicted, *measured))}
     sizes_of["the whole process"] = plan.get("predicted_process_bytes"), process
     for name, both in sizes_of.items():
