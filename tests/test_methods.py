@@ -25,7 +25,7 @@ from edgepeft.runtime.sessions import open_graphs
 
 UPDATES = 16
 EARLIER = 8  # updates of other stages than the last: enough to find something, and not all there is to learn
-MORE = {"adamix": 2}  # times as many updates: each of its experts is trained by a quarter of them
+MORE = {"adamix": 2, "ipt": 2}  # times as many updates: an expert is trained by a quarter of them, a code is a few numbers
 ROUNDING = 1e-5  # relative to the largest logit
 NAMES = base.names()
 EVERYWHERE = [(name, family) for name in NAMES for family in FAMILIES]
