@@ -25,7 +25,7 @@ from edgepeft.runtime.sessions import open_graphs
 
 UPDATES = 16
 EARLIER = 8  # updates of other stages than the last: enough to find something, and not all there is to learn
-MORE = {"adamix": 2, "ipt": 2}  # times as many updates: an expert is trained by a quarter of them, a code is a few numbers
+MORE = {"adamix": 2}  # times as many updates: each of its experts is trained by a quarter of them
 ROUNDING = 1e-5  # relative to the largest logit
 NAMES = base.names()
 EVERYWHERE = [(name, family) for name in NAMES for family in FAMILIES]
@@ -43,18 +43,19 @@ CASES += [(name, family, "fp32") for name in NAMES for family in OTHERS]
 @pytest.mark.parametrize(("name", "family", "at"), CASES)
 def test_trains_and_is_saved_and_merged(name: str, family: str, at: str, tmp_path: Path) -> None:
     needs(name, family)
-    batch = tiny.batch(family)
+    batch, losses = tiny.batch(family), []  # before each stage that trains
     for made, method, stage in stages(family, name, at):
         model = made.model
         frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
         if stage.updates != 0:
-            before = evaluate(model, [batch])["loss"]
+            losses.append(evaluate(model, [batch])["loss"])
         last = [each.name for each in method.stages() if each.updates != 0][-1]
         most = UPDATES * MORE.get(name, 1) if stage.name == last else EARLIER
         train(model, method, stage, batch, most if stage.updates is None else min(most, stage.updates))
         for n, p in model.named_parameters():
             assert p.requires_grad or torch.equal(p, frozen[n]), f"{n} is frozen and changed"
-    assert evaluate(model, [batch])["loss"] < 0.995 * before
+    after = evaluate(model, [batch])["loss"]
+    assert after < 0.995 * losses[0] and after < losses[-1]
     saved_and_loaded(made, method, batch, tmp_path / "adapter")
     if method.merges:
         merged(made, method, batch)
