@@ -1,7 +1,7 @@
 """What `edgepeft run` takes of a CPU machine: resident memory at its highest, predicted by its plan and measured.
 
-Usage: ``python benchmarks/resident.py``; every case is a run of three updates and a merge in a process of its own. Its
-lines are part C of ``results/plan.md``.
+Usage: ``python benchmarks/resident.py [MODEL]``; every case is a run of three updates or more and a merge in a process
+of its own. Its lines are part C of ``results/plan.md``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Case(NamedTuple):
     method: str
     precision: str
     rows: int
+    updates: int = 3
 
 
 def cases() -> Iterator[Case]:
@@ -39,13 +40,19 @@ def cases() -> Iterator[Case]:
             yield Case(model, "full", "bf16", rows)
         for method in METHODS:
             yield Case(model, method, "bf16", sizes[1])
+        yield Case(model, "lora", "bf16", sizes[0], 40)  # every length of a batch has kernels of its own
 
 
 def run(case: Case, out: Path) -> None:
     """Plan, train and merge, as ``edgepeft run`` does in its process."""
     from edgepeft import pipeline, recipe
 
-    settings = {"max_steps": 3, "microbatch": case.rows, "global_batch": case.rows, "validation_limit": 2 * case.rows}
+    settings = {
+        "max_steps": case.updates,
+        "microbatch": case.rows,
+        "global_batch": case.rows,
+        "validation_limit": 2 * case.rows,
+    }
     places = {"model": str(ROOT / "models" / case.model), "data": str(ROOT / "data" / DATA[case.model])}
     wanted = recipe.create({**places, "method": case.method, "precision": case.precision, **settings})
     pipeline.run(wanted, out, until="merge")
@@ -63,19 +70,21 @@ def found(case: Case) -> tuple[dict[str, int], int, int]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        out, model, method, at, rows = sys.argv[1:]
-        run(Case(model, method, at, int(rows)), Path(out))
+    if len(sys.argv) > 2:
+        out, model, method, at, rows, updates = sys.argv[1:]
+        run(Case(model, method, at, int(rows), int(updates)), Path(out))
         from edgepeft import machine
 
         print(machine.peak_resident_bytes())
         sys.exit()
     for case in cases():
+        if sys.argv[1:] not in ([], [case.model]):
+            continue
         try:
             kinds, predicted, measured = found(case)
         except RuntimeError as error:  # a method that is not for the model says so
             print(case, error, file=sys.stderr)
             continue
         shown = " | ".join(f"{size / MiB:.0f}" for size in (sum(kinds.values()), measured, predicted))
-        name = f"{case.model} {case.method} {case.precision}, {case.rows} rows"
+        name = f"{case.model} {case.method} {case.precision}, {case.rows} rows, {case.updates} updates"
         print(f"| {name} | {shown} | {predicted / measured - 1:+.1%} |", json.dumps(kinds), flush=True)

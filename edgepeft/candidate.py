@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from edgepeft import roofline
 from edgepeft.hardware import Hardware
-from edgepeft.surface import ADAMW, TRAINING, WORKING, Configuration, Surface
+from edgepeft.surface import ADAMW, MERGING, PASSING, TRAINING, WORKING, Configuration, Surface
 
 DDP, FSDP = "ddp", "fsdp"  # how several devices share the work: each holds all, or a part
 LARGEST_MICROBATCH = 1024
-CPU_PROCESS_BYTES = 540 << 20  # measured: 505 MiB of imports, 35 MiB of kernels' code and scratch
-HEAP = 1.3  # an allowance: glibc kept 18 to 36 % beyond tensors in what was measured (benchmarks/results/plan.md)
+CPU_PROCESS_BYTES = 670 << 20  # measured: 580 MiB of imports, 40 to 130 of kernels (benchmarks/results/plan.md, part C)
+KEPT = 0.4  # of what training frees glibc kept as much more, measured there on MiniLM, where memory is ample
 TIGHT = 0.93  # a larger share of what is available is called tight: runs on NF4 took up to 6.4 % more than predicted
 
 
@@ -44,6 +44,9 @@ class Candidate:
     phases: Mapping[str, int]
     update_seconds: float | None = None
     tokens_per_second: float | None = None
+    ample: bool = False
+    """On a CPU: whether training may keep what it frees, which is faster (``heap.ample``); ``process_bytes`` has it."""
+
     strategy: str = ""
     """DDP or FSDP; nothing on one device. All numbers but the speed are those of one device of several."""
 
@@ -54,13 +57,13 @@ class Candidate:
 
 
 def needed_bytes(reserved_bytes: int, hardware: Hardware) -> int:
-    """Memory a process needs in which the allocator holds this much for tensors."""
-    return round(reserved_bytes * HEAP) + CPU_PROCESS_BYTES if hardware.kind == "cpu" else reserved_bytes
+    """Memory a process needs at least in which the allocator holds this much for tensors."""
+    return reserved_bytes + CPU_PROCESS_BYTES if hardware.kind == "cpu" else reserved_bytes
 
 
 def counted(hardware: Hardware) -> Sequence[str]:
     """The phases that must fit the device: all of them on a CPU; on a GPU, merging may be left to the host."""
-    return TRAINING if hardware.kind == "cuda" else (*TRAINING, "merge")
+    return TRAINING if hardware.kind == "cuda" else (*TRAINING, *MERGING)
 
 
 def of(
@@ -88,6 +91,10 @@ def of(
     # Room is left if any microbatch allows it; else the margin is used, and the verdict says so.
     size = fixed or largest(hardware.available_bytes * TIGHT) or largest(hardware.available_bytes) or 1
     process = need(size)
+    kept = _with_kept(traced, hardware, size)
+    ample = hardware.kind == "cpu" and kept <= hardware.available_bytes * TIGHT
+    if ample:
+        process = max(process, kept)
     verdict = "NO" if process > hardware.available_bytes else "FITS"
     if verdict == "FITS" and process > hardware.available_bytes * TIGHT:
         verdict = "TIGHT"
@@ -110,8 +117,15 @@ def of(
         phases={name: sum(held.values()) for name, held in traced.peaks(size).items()},
         update_seconds=seconds,
         tokens_per_second=None if seconds is None else devices * global_batch * configuration.tokens / seconds,
+        ample=ample,
         strategy=strategy,
     )
+
+
+def _with_kept(traced: Surface, hardware: Hardware, size: int) -> int:
+    """What training takes of a process whose heap keeps what is freed."""
+    _, kinds = traced.at(size, TRAINING)
+    return needed_bytes(sum(kinds.values()) + round(KEPT * sum(kinds[kind] for kind in PASSING)), hardware)
 
 
 def _update_seconds(traced: Surface, hardware: Hardware, largest: int, global_batch: int) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 MOST = 256  # ranks are told apart up to here
+ROWS = 1024  # of a matrix that are looked at at once
 
 
 @dataclass(frozen=True)
@@ -56,24 +57,34 @@ def change(parameters_before_and_after: Iterable[tuple[Tensor, Tensor]]) -> Chan
     parameters = rank = 0
     for old, new in parameters_before_and_after:
         new = new.to(old.device)
-        differing = int((new != old).sum())
+        differing = sum(int((after != before).sum()) for before, after in _blocks(old, new))
         parameters += differing
         if differing and old.dim() == 2:
-            rank = max(rank, rank_of(new - old, float(new.abs().max())))
+            rank = max(rank, rank_of_change(old, new))
     return Change(parameters, rank)
 
 
-def rank_of(difference: Tensor, largest: float) -> int:
-    """The rank of (W + Δ) - W, (m, n), up to ``MOST``, from its product with as many random vectors.
+def rank_of_change(old: Tensor, new: Tensor) -> int:
+    """The rank of new - old, (m, n), up to ``MOST``, from its product with as many random vectors.
 
     W + Δ was rounded to fp32, and what rounding adds has full rank: singular values no larger than those of random
-    errors of half a unit in the last place of ``largest`` (Marchenko and Pastur) do not count.
+    errors of half a unit in the last place of the largest number (Marchenko and Pastur) do not count. Rows are taken a
+    block at a time, so that an embedding does not need a copy of itself in fp64: all that is kept of the product is
+    its triangular factor, which has the same singular values.
     """
-    rows, columns = difference.shape
+    rows, columns = new.shape
     vectors = min(rows, columns, MOST)
-    generator = torch.Generator(difference.device).manual_seed(0)
-    sketch = torch.randn(columns, vectors, generator=generator, device=difference.device, dtype=torch.float64)
-    values = torch.linalg.svdvals(difference.double() @ sketch)
-    error = torch.finfo(torch.float32).eps / 2 * largest
+    generator = torch.Generator(new.device).manual_seed(0)
+    sketch = torch.randn(columns, vectors, generator=generator, device=new.device, dtype=torch.float64)
+    triangle = sketch.new_zeros(0, vectors)
+    for before, after in _blocks(old, new):
+        product = (after - before).double() @ sketch
+        triangle = torch.linalg.qr(torch.cat([triangle, product]), mode="r").R
+    values = torch.linalg.svdvals(triangle)
+    error = torch.finfo(torch.float32).eps / 2 * float(new.abs().max())
     rounding = error * (math.sqrt(rows) + math.sqrt(columns)) * (math.sqrt(columns) + math.sqrt(vectors))
     return int((values > rounding).sum())
+
+
+def _blocks(old: Tensor, new: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(old.split(ROWS), new.split(ROWS), strict=True)

@@ -19,7 +19,7 @@ from edgepeft import replay
 from edgepeft.catalog.fields import at_depth, depth
 from edgepeft.cross_entropy import chunks
 from edgepeft.methods import base
-from edgepeft.precision import is_packed
+from edgepeft.precision import is_converted, is_packed, stored_dtype
 from edgepeft.probe import Recording, recordings, refuse
 from edgepeft.roofline import Work, along
 from edgepeft.surface import KINDS, PASSING, WORKING, Configuration, Moment, Surface
@@ -193,11 +193,27 @@ def _timelines(configuration: Configuration, recording: Recording, size: int) ->
         packed = is_packed(configuration.precision)
         passing[0, KINDS.index("temporaries")] = _largest_passing(recording) if packed else 0
         found["loading"] = _single(loaded.bytes[-1] + passing)
+    else:
+        found |= _from_files(configuration, recording, loaded)
     trained = next(found[name] for name in reversed(found) if name.endswith("update"))
     copied = np.zeros((2, len(KINDS)))
     copied[0, KINDS.index("temporaries")] = 0 if configuration.cuda else recording.own
     found["checkpoint"] = _single(trained.bytes[-1] + copied)
     return found
+
+
+def _from_files(configuration: Configuration, recording: Recording, loaded: Timeline) -> dict[str, Timeline]:
+    """Loading on a CPU, where the mapped file that is converted is in memory too, before training and to merge."""
+    temporaries, weights = KINDS.index("temporaries"), KINDS.index("weights")
+    model, at = configuration.model, configuration.precision
+    file_bytes = stored_dtype(model).itemsize * recording.parameters
+    beside = np.zeros((2, len(KINDS)))
+    beside[0, temporaries] = file_bytes if is_converted(model, at) else 0
+    # A packed backbone's original is loaded in fp32 to be merged; what was merged is read one tensor at a time.
+    again = np.zeros((2, len(KINDS)))
+    converted = file_bytes if is_packed(at) and is_converted(model, "fp32") else 0
+    again[0, weights], again[0, temporaries] = 4 * recording.parameters, max(converted, 4 * recording.largest)
+    return {"loading": replace(loaded, bytes=loaded.bytes + beside), "reloading": _single(again)}
 
 
 def _timeline(recording: Recording, name: str, size: int) -> Timeline:

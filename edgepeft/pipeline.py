@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -11,7 +12,21 @@ from typing import Any
 
 import torch
 
-from edgepeft import adapter, backbone, bring, counts, data, deploy, ledger, machine, plan, probe, report, schedule
+from edgepeft import (
+    adapter,
+    backbone,
+    bring,
+    counts,
+    data,
+    deploy,
+    heap,
+    ledger,
+    machine,
+    plan,
+    probe,
+    report,
+    schedule,
+)
 from edgepeft import merge as merging
 from edgepeft import recipe as recipes
 from edgepeft import train as training
@@ -139,6 +154,7 @@ class _Job:
         predicted = {
             "predicted_peak_bytes": exact.step_bytes,
             "predicted_process_bytes": exact.process_bytes,
+            "ample": exact.ample,
             "predicted_phases": exact.phases,
             "bytes": exact.bytes,
         }
@@ -188,7 +204,8 @@ class _Job:
         where = f" in its first stage, {first.name}" if others else ""
         self.say(f"train: {trainable:,} parameters {does} by {method.name}{where}")
         start = self._start(trainable)
-        done = training.train(self.recipe, plain, method, self.data, self.space.root, start=start, ranks=ranks)
+        with heap.ample() if self._planned().get("ample") else contextlib.nullcontext():
+            done = training.train(self.recipe, plain, method, self.data, self.space.root, start=start, ranks=ranks)
         if ranks.first:
             ledger.record(
                 self.space.ledger,
@@ -286,13 +303,15 @@ class _Job:
         """What an adapter that does not merge changed, and how fast the backbone reads with it and without."""
         row = ledger.find(self.space.ledger, "adapter") or Row(artefact="adapter")
         batches = training.validation_batches(self.data, self.recipe)[: merging.COMPARED]
-        trained, plain = self._trained(self._needs("precision")).model, self._load(self._needs("precision")).model
+        trained = self._trained(self._needs("precision")).model
         added = base.state(trained)
-        for model in (trained, plain):
-            merging.to_full_precision(model)
-        found = {
+        merging.to_full_precision(trained)
+        found = {"tokens_per_second_unmerged": merging.read(trained, batches)[1]}
+        del trained  # one of the two is held at a time
+        plain = self._load(self._needs("precision")).model
+        merging.to_full_precision(plain)
+        found |= {
             "changed_parameters": counts.beside(plain, added),
-            "tokens_per_second_unmerged": merging.read(trained, batches)[1],
             "tokens_per_second_backbone": merging.read(plain, batches)[1],
         }
         ledger.record(self.space.ledger, dataclasses.replace(row, counts={**row.counts, **found}))

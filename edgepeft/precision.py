@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Literal, get_args
 
@@ -37,6 +37,17 @@ def is_packed(precision: str) -> bool:
 def compute_dtype(precision: str) -> torch.dtype:
     """The dtype of activations, and of everything that is not packed."""
     return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+def stored_dtype(model: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of a checkpoint's file, as its configuration says; fp32 where it says nothing, as older ones do not."""
+    dtype = getattr(torch, str(model.get("dtype") or model.get("torch_dtype") or "float32"), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def is_converted(model: Mapping[str, Any], precision: str) -> bool:
+    """Whether loading a model at a precision converts what its file holds; else tensors are views of the file."""
+    return stored_dtype(model) is not compute_dtype(precision)
 
 
 _emulated_bf16: ContextVar[bool | None] = ContextVar("emulated_bf16", default=None)

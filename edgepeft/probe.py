@@ -37,11 +37,14 @@ class Recording:
     Attributes:
         marks: phase → (label, moment) wherever a layer begins or ends, in order.
         own: bytes of what checkpoints hold: trained tensors with their optimizer states.
+        parameters, largest: numbers in the backbone, and in its largest parameter.
     """
 
     tracker: Tracker
     marks: dict[str, list[tuple[tuple[str, int, int], int]]]
     own: int = 0
+    parameters: int = 0
+    largest: int = 0
 
 
 def peaks(configuration: Configuration) -> dict[str, Peak]:
@@ -69,9 +72,14 @@ def recordings(configuration: Configuration, checkpointing: Sequence[bool], *, w
     ):
         found = Recording(tracker, {})
         method = base.create(configuration.method, configuration.options)
+        views = not configuration.cuda and not precision.is_converted(configuration.model, configuration.precision)
+        mapped: list[torch.Tensor] = []
         with _phase(found, "loading"):
             wanted = (configuration.model, configuration.task, configuration.precision)
-            backbone = _skeleton(*wanted, _noted(method.pack, found), configuration.labels)
+            backbone = _skeleton(*wanted, _noted(method.pack, found, mapped if views else None), configuration.labels)
+        mapped.clear()
+        sizes = [parameter.numel() for parameter in backbone.model.parameters()]
+        found.parameters, found.largest = found.parameters + sum(sizes), max(found.largest, *sizes)
         own = {name for name, _ in backbone.model.named_parameters()}
         with _converting():
             base.apply(method, backbone)
@@ -115,7 +123,7 @@ def _only(found: Recording, checkpointing: bool) -> Recording:
 
     tracker = copy.copy(found.tracker)
     tracker.phases = chosen(tracker.phases)
-    return Recording(tracker, chosen(found.marks), found.own)
+    return replace(found, tracker=tracker, marks=chosen(found.marks))
 
 
 def as_fields(config: PretrainedConfig) -> dict[str, Any]:
@@ -129,8 +137,12 @@ def _skeleton(model: Mapping[str, Any], task: str, at: str, pack: Packing, label
     return skeleton(config, task=task, at=at, labels=labels, pack=pack)
 
 
-def _noted(pack: Packing, found: Recording) -> Packing:
-    """The same; where it begins is noted, as up to there the model grows and from there on it shrinks."""
+def _noted(pack: Packing, found: Recording, mapped: list[torch.Tensor] | None) -> Packing:
+    """The same; where it begins is noted, as up to there the model grows and from there on it shrinks.
+
+    Args:
+        mapped: gets what was packed, where it is a view of a mapped file: all of that stays in memory until the end.
+    """
     begun = False
 
     def noted(linear: torch.nn.Linear, at: str, roles: frozenset[str]) -> StoredLinear:
@@ -138,6 +150,10 @@ def _noted(pack: Packing, found: Recording) -> Packing:
         if not begun:
             _note(found, "pack")
         begun = True
+        found.parameters += linear.weight.numel()
+        found.largest = max(found.largest, linear.weight.numel())
+        if mapped is not None:
+            mapped.append(linear.weight.detach())
         return pack(linear, at, roles)
 
     return noted

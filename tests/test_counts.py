@@ -24,12 +24,21 @@ def test_rank_of_a_change_that_was_rounded(rank: int, size: float) -> None:
     delta = torch.randn(48, rank) @ torch.randn(rank, 96) * size / 10
     changed = weight + delta
     assert torch.linalg.matrix_rank((changed - weight).double()) == 48, "rounding alone has full rank"
-    assert counts.rank_of(changed - weight, float(changed.abs().max())) == rank
+    assert counts.rank_of_change(weight, changed) == rank
 
 
 def test_ranks_are_told_apart_up_to_a_limit() -> None:
     torch.manual_seed(0)
-    assert counts.rank_of(torch.randn(300, 310), 4.0) == counts.MOST
+    assert counts.rank_of_change(torch.zeros(300, 310), torch.randn(300, 310)) == counts.MOST
+
+
+@pytest.mark.parametrize("rank", [5, counts.MOST])
+def test_the_rank_of_a_matrix_of_several_blocks(rank: int) -> None:
+    torch.manual_seed(0)
+    rows = 2 * counts.ROWS + 7
+    weight = torch.randn(rows, 300) * 0.1
+    changed = weight + torch.randn(rows, rank) @ torch.randn(rank, 300) / 10
+    assert counts.rank_of_change(weight, changed) == rank
 
 
 def pairs(before: nn.Module, after: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
