@@ -253,22 +253,14 @@ def saved(directory: Path, model: PreTrainedModel) -> Iterator[tuple[Tensor, Ten
     turned = {f"{name}.weight" for name in transposed(model)}
     wanted = dict(model.named_parameters())
     for path in sorted(directory.glob("*.safetensors")):
-        with _opened(path) as file:
+        with _refusing_unloadable(Source(str(directory), str(directory))), safe_open(path, framework="pt") as file:
             names = wanted.keys() & file.keys()
         for name in sorted(names):
-            with _opened(
-                path
-            ) as file:  # anew for each: what was read of a mapped file stays in memory until it is closed
+            with safe_open(path, framework="pt") as file:  # anew, or all that was read of a mapped file stays in memory
                 tensor = file.get_tensor(name)
             yield wanted.pop(name), tensor.t() if name in turned else tensor
     if wanted:
         raise EdgePeftError(f"{directory} has no {min(wanted)}.", "It is not what was merged.", "Delete it and merge.")
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    with _refusing_unloadable(Source(str(path.parent), str(path.parent))), safe_open(path, framework="pt") as file:
-        yield file
 
 
 def transposed(model: PreTrainedModel) -> set[str]:

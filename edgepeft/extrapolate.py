@@ -213,7 +213,10 @@ def _from_files(configuration: Configuration, recording: Recording, loaded: Time
     again = np.zeros((2, len(KINDS)))
     converted = file_bytes if is_packed(at) and is_converted(model, "fp32") else 0
     again[0, weights], again[0, temporaries] = 4 * recording.parameters, max(converted, 4 * recording.largest)
-    return {"loading": replace(loaded, bytes=loaded.bytes + beside), "reloading": _single(again)}
+    # Up to where packing begins the trace has temporaries of initialising, which loading does not do.
+    packing = {segment: ends for segment, ends in loaded.segments.items() if segment[0] == "pack"}
+    both = replace(loaded, bytes=loaded.bytes + beside, segments=packing)
+    return {"loading": both if packing else _single(both.bytes[-1]), "reloading": _single(again)}
 
 
 def _timeline(recording: Recording, name: str, size: int) -> Timeline:

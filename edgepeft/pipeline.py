@@ -12,21 +12,7 @@ from typing import Any
 
 import torch
 
-from edgepeft import (
-    adapter,
-    backbone,
-    bring,
-    counts,
-    data,
-    deploy,
-    heap,
-    ledger,
-    machine,
-    plan,
-    probe,
-    report,
-    schedule,
-)
+from edgepeft import adapter, backbone, bring, counts, data, deploy, ledger, machine, plan, probe, report, schedule
 from edgepeft import merge as merging
 from edgepeft import recipe as recipes
 from edgepeft import train as training
@@ -38,6 +24,7 @@ from edgepeft.errors import UsageError
 from edgepeft.evaluate import evaluate
 from edgepeft.files import size_bytes, write_json
 from edgepeft.hardware import load as load_hardware
+from edgepeft.heap import ample
 from edgepeft.launch import threads, train_together, usable
 from edgepeft.ledger import Row
 from edgepeft.methods import base
@@ -204,19 +191,13 @@ class _Job:
         where = f" in its first stage, {first.name}" if others else ""
         self.say(f"train: {trainable:,} parameters {does} by {method.name}{where}")
         start = self._start(trainable)
-        with heap.ample() if self._planned().get("ample") else contextlib.nullcontext():
+        with ample() if self._planned().get("ample") else contextlib.nullcontext():
             done = training.train(self.recipe, plain, method, self.data, self.space.root, start=start, ranks=ranks)
         if ranks.first:
-            ledger.record(
-                self.space.ledger,
-                Row(
-                    artefact="adapter",
-                    metrics=done.metrics,
-                    bytes=size_bytes(self.space.adapter),
-                    counts=counts.training(done.stages),
-                    stages=done.stages,
-                ),
-            )
+            trained = counts.training(done.stages)
+            size = size_bytes(self.space.adapter)
+            row = Row(artefact="adapter", metrics=done.metrics, bytes=size, counts=trained, stages=done.stages)
+            ledger.record(self.space.ledger, row)
         self.say(f"train: {_shown(done.metrics)}")
         del plain
         gc.collect()
@@ -303,17 +284,14 @@ class _Job:
         """What an adapter that does not merge changed, and how fast the backbone reads with it and without."""
         row = ledger.find(self.space.ledger, "adapter") or Row(artefact="adapter")
         batches = training.validation_batches(self.data, self.recipe)[: merging.COMPARED]
-        trained = self._trained(self._needs("precision")).model
-        added = base.state(trained)
-        merging.to_full_precision(trained)
-        found = {"tokens_per_second_unmerged": merging.read(trained, batches)[1]}
-        del trained  # one of the two is held at a time
-        plain = self._load(self._needs("precision")).model
-        merging.to_full_precision(plain)
-        found |= {
-            "changed_parameters": counts.beside(plain, added),
-            "tokens_per_second_backbone": merging.read(plain, batches)[1],
-        }
+        model = self._trained(self._needs("precision")).model
+        added = base.state(model)
+        merging.to_full_precision(model)
+        found = {"tokens_per_second_unmerged": merging.read(model, batches)[1]}
+        del model  # one of the two is held at a time
+        merging.to_full_precision(model := self._load(self._needs("precision")).model)
+        found["changed_parameters"] = counts.beside(model, added)
+        found["tokens_per_second_backbone"] = merging.read(model, batches)[1]
         ledger.record(self.space.ledger, dataclasses.replace(row, counts={**row.counts, **found}))
 
     def _changed(self, method: base.Method, merged: Row) -> dict[str, float]:

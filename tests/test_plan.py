@@ -137,9 +137,48 @@ def test_extrapolated_depth_and_microbatch_agree_with_a_full_trace(
 def test_every_phase_is_extrapolated_where_layers_come_between_what_is_alike(method: str, precision: str) -> None:
     """Loading and packing, an optimizer's loop over parameters, and what merging keeps: none is one layer's pass."""
     wanted = configuration(method, precision, model={**DEEP, "vocab_size": 4096}, microbatch=8)
-    found, truth = extrapolate.surface(wanted).peaks(8), probe.record(wanted, whole=True).tracker.peaks()
+    found, recording = extrapolate.surface(wanted).peaks(8), probe.record(wanted, whole=True)
+    truth = recording.tracker.peaks()
     for phase in found.keys() & truth.keys():
-        assert sum(found[phase].values()) == pytest.approx(truth[phase].peak_bytes, rel=0.005), phase
+        file = 4 * recording.parameters if phase == "loading" and precision != "fp32" else 0
+        assert sum(found[phase].values()) == pytest.approx(truth[phase].peak_bytes + file, rel=0.005), phase
+
+
+def test_on_a_cpu_a_file_in_another_dtype_is_in_memory_beside_what_is_made_of_it() -> None:
+    """Of MiniLM's kind (fp32 files) and of SmolLM2's (bf16 files); a GPU holds none of it."""
+    parameters = probe.record(configuration(model=DEEP), whole=False).parameters
+
+    def loading(precision: str, dtype: str, cuda: bool = False) -> tuple[int, int]:
+        model = {**DEEP, "dtype": dtype, "vocab_size": 4096}
+        found = extrapolate.surface(configuration("lora", precision, model=model, cuda=cuda)).peaks(1)
+        return tuple(sum(found.get(phase, {}).values()) for phase in ("loading", "reloading"))  # type: ignore[return-value]
+
+    with_head = parameters + (4096 - int(DEEP["vocab_size"])) * int(DEEP["hidden_size"]) * (
+        1 if DEEP.get("tie_word_embeddings") else 2
+    )
+    size = {at: loading(at, "float32")[0] for at in ("fp32", "bf16")}
+    assert size["fp32"] == pytest.approx(4 * with_head, rel=0.01), "its tensors are views of the file"
+    assert size["bf16"] == pytest.approx(6 * with_head, rel=0.01)
+    assert loading("bf16", "bfloat16")[0] == pytest.approx(2 * with_head, rel=0.01)
+    assert loading("nf4", "bfloat16")[0] > 2 * with_head, "all of the file stays until the last layer is packed"
+    assert loading("nf4", "float32")[0] > 6 * with_head
+    assert loading("nf4", "bfloat16")[1] == pytest.approx(6 * with_head, rel=0.01), "the original is merged in fp32"
+    assert 4 * with_head < loading("nf4", "float32")[1] < 6 * with_head
+    assert loading("bf16", "float32", cuda=True) == (pytest.approx(2 * with_head, rel=0.01), 0)
+
+
+def test_freed_memory_is_kept_only_where_there_is_enough() -> None:
+    """A CPU without much room trains in less, at the same microbatch; the verdict is of what it then needs."""
+    pi = hardware.load("raspberry-pi-5-8gb")
+    wanted = {"microbatch": 64, "tokens": 512}
+    roomy = small_plan(hardware=pi, **wanted).chosen()
+    least = candidate.needed_bytes(roomy.reserved_bytes, pi)
+    passing = roomy.bytes["activations"] + roomy.bytes["temporaries"]
+    assert roomy.ample and roomy.process_bytes == pytest.approx(least + candidate.KEPT * passing, abs=1)
+    small = hardware.Hardware(**{**vars(pi), "memory_bytes": pi.reserved_bytes + (least + roomy.process_bytes) // 2})
+    tight = small_plan(hardware=small, **wanted).chosen()
+    assert tight.fits and not tight.ample and tight.process_bytes == least
+    assert not small_plan(microbatch=64).chosen().ample, "a GPU's allocator is another matter"
 
 
 def test_groups_of_layers_are_extrapolated_as_groups() -> None:
