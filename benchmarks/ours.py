@@ -6,7 +6,7 @@ import torch
 
 import job
 import measure
-from edgepeft import backbone
+from edgepeft import backbone, heap
 from edgepeft.methods import base
 from edgepeft.step import Batch, TrainingStep
 
@@ -36,12 +36,13 @@ def main() -> None:
     )
     watch = measure.chosen(given.trace)
     losses = []
-    for batch in _batches(given.steps):
-        watch.begin(model, step.optimizer)
-        loss = step.backward([batch], lr)
-        step.update()
-        watch.end(step.optimizer)
-        losses.append(float(loss))
+    with heap.ample():
+        for batch in _batches(given.steps):
+            watch.begin(model, step.optimizer)
+            loss = step.backward([batch], lr)
+            step.update()
+            watch.end(step.optimizer)
+            losses.append(float(loss))
     measure.report(watch, losses, model)
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import job
-from edgepeft import backbone, data, recipe
+from edgepeft import backbone, data, heap, recipe
 from edgepeft import train as training
 from edgepeft.backbone import Backbone
 from edgepeft.data import Data
@@ -112,7 +112,8 @@ def speed(bench_name: str, row: Row) -> dict[str, Any]:
     batch = training._unpadded(read.train.collate(list(range(bench.batch))))
     full = Row("full", bench.precision)
     sides = [_step(bench, full), _step(bench, row)]
-    train = _turns([partial(_update, step, batch) for step in sides])
+    with heap.ample():
+        train = _turns([partial(_update, step, batch) for step in sides])
     del sides
     gc.collect()
     readers = [_deployed(bench, full), _deployed(bench, row)]
@@ -220,7 +221,8 @@ def _trained(
         }
     )
     began = time.perf_counter()
-    done = training.train(wanted, made, method, read, folder, start={})
+    with heap.ample():
+        done = training.train(wanted, made, method, read, folder, start={})
     return made, method, read, done, time.perf_counter() - began
 
 
