@@ -31,21 +31,25 @@ UNBOUNDED = 4096  # tokens a device accepts for a model whose positions have no 
 
 
 def deploy(
-    model: Any,
+    load: Callable[[], Any],
     recipe: Recipe,
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
     space: Workspace,
     say: Callable[[str], None],
 ) -> Path:
-    """Export ``model`` (fp32) and leave the best variant that keeps the fine-tune in the device folder.
+    """Export a model and leave the best variant that keeps the fine-tune in the device folder.
+
+    Args:
+        load: loads the model, in fp32. It is let go of when its graph is known to compute what it does: variants are
+            held against that graph, and made without it in memory.
 
     Raises:
         EdgePeftError: the exported graph does not compute what the model does, or every variant lost the fine-tune.
     """
-    model.eval()
-    gate = _Gate(model, recipe, data, space)
-    row = _fp32(model, data, space, gate, say)
+    gate = _Gate(load().eval(), recipe, data, space)
+    row = _fp32(data, space, gate, say)
+    gate.model = None
     ledger.record(space.ledger, row)
     say(f"export: onnx-fp32: {_described(row)}")
     if not row.kept:
@@ -67,7 +71,7 @@ def deploy(
         template=data.template,
         eos_token_ids=gate.stops,
         decoder_start_token_id=gate.start,
-        max_tokens=_longest(model.config, recipe),
+        max_tokens=_longest(gate.config, recipe),
         name=recipe.model,
         method=recipe.method or "",
         variant=best,
@@ -78,7 +82,7 @@ def deploy(
     return space.device
 
 
-def _fp32(model: Any, data: Data, space: Workspace, gate: _Gate, say: Callable[[str], None]) -> Row:
+def _fp32(data: Data, space: Workspace, gate: _Gate, say: Callable[[str], None]) -> Row:
     """The fp32 graph: from ONNX Runtime GenAI's builder where it can be had and passes the gate, else traced here."""
     if data.task == "causal-lm" and space.merged.exists() and genai.buildable(space.merged):
         say("export: building the fp32 graph with ONNX Runtime GenAI")
@@ -91,7 +95,7 @@ def _fp32(model: Any, data: Data, space: Workspace, gate: _Gate, say: Callable[[
         except EdgePeftError as error:
             say(f"export: {error.fact} {error.cause}")
     say("export: tracing the fp32 graph")
-    onnx.export(model, data.task, space.onnx / "fp32")
+    onnx.export(gate.model, data.task, space.onnx / "fp32")
     return gate.measure("fp32")
 
 
@@ -114,7 +118,8 @@ class _Gate:
     """Measures a variant against the artefact before it, on the run's validation examples."""
 
     def __init__(self, model: Any, recipe: Recipe, data: Data, space: Workspace) -> None:
-        self.model, self.data, self.space = model, data, space
+        self.model = model  # until its graph is made
+        self.config, self.data, self.space = model.config, data, space
         self.torch_batches: list[Batch] = validation_batches(data, recipe)
         self.batches = [{name: value.numpy() for name, value in batch.items()} for batch in self.torch_batches]
         self.start: int | None = model.config.decoder_start_token_id if data.task == "seq2seq" else None

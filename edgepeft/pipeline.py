@@ -267,18 +267,18 @@ class _Job:
         if self.space.done("export", inputs) and self.space.device.exists():
             self.say("export: done before")
             return
-        if self.space.merged.exists():
-            whole = self._merged()
-        else:
-            whole = self._trained(self._needs("precision"))
-            merging.to_full_precision(whole.model)
-            base.create(self._needs("method"), self.recipe.options).condense(whole.model)
-        deploy.deploy(whole.model, self.recipe, self.data, self.tokenizer, self.space, self.say)
+        deploy.deploy(self._whole, self.recipe, self.data, self.tokenizer, self.space, self.say)
         self.space.finish("export", inputs)
 
-    def _merged(self) -> Backbone:
-        where = backbone.resolve(str(self.space.merged))
-        return backbone.load(where, task=self.data.task, at="fp32", labels=self.data.labels or None)
+    def _whole(self) -> Any:
+        """What is exported, in fp32: the merged model, or the backbone with the adapter in it."""
+        if self.space.merged.exists():
+            where = backbone.resolve(str(self.space.merged))
+            return backbone.load(where, task=self.data.task, at="fp32", labels=self.data.labels or None).model
+        model = self._trained(self._needs("precision")).model
+        merging.to_full_precision(model)
+        base.create(self._needs("method"), self.recipe.options).condense(model)
+        return model
 
     def _beside(self) -> None:
         """What an adapter that does not merge changed, and how fast the backbone reads with it and without."""

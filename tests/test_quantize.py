@@ -17,7 +17,7 @@ from tiny_graphs import exported, graphs, structure, task
 from torch import Tensor, nn
 
 from edgepeft.errors import EdgePeftError, UsageError
-from edgepeft.export import parity
+from edgepeft.export import packing, parity
 from edgepeft.export.packing import BLOCK, CHANNEL_LIMIT, quantize_blocks, quantize_channels
 from edgepeft.export.quantize import quantize
 from edgepeft.export.translate import Graph, write
@@ -42,6 +42,15 @@ def unpacked(weight: NDArray[np.float32], bits: int) -> NDArray[np.float64]:
         data = np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:2], BLOCK)
     values = (data.astype(np.float64) - 2 ** (bits - 1)) * scales[..., None]
     return values.reshape(len(weight), -1)[:, : weight.shape[1]]
+
+
+def test_rows_are_rounded_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = matrix(11, 80)
+    whole = [quantize_blocks(weight, bits) for bits in (4, 8)]
+    monkeypatch.setattr(packing, "ROWS", 4)
+    for bits, (data, scales) in zip((4, 8), whole, strict=True):
+        parts = quantize_blocks(weight, bits)
+        assert np.array_equal(parts[0], data) and np.array_equal(parts[1], scales)
 
 
 @pytest.mark.parametrize("bits", (4, 8))

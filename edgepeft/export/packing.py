@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 BLOCK = 32
 """Consecutive inputs of one output that share a scale."""
 
+ROWS = 4096
+"""Outputs that are rounded at once: on the way there are several copies of them in fp32."""
+
 CHANNEL_LIMIT = 63
 """Largest magnitude of ``quantize_channels``: 7 bits. x86 CPUs without VNNI add two products of an unsigned and a
 signed byte in 16 bits and saturate; up to 2 · 255 · 63 they do not, so every device computes what was measured here."""
@@ -24,6 +27,17 @@ def quantize_blocks(matrix: NDArray[np.float32], bits: int) -> tuple[NDArray[np.
         The integers (outputs, blocks, BLOCK · bits / 8), the first of two 4-bit ones in the lower half of their byte,
         and the scales (outputs, blocks).
     """
+    outputs, inputs = matrix.shape
+    blocks = -(-inputs // BLOCK)
+    data = np.empty((outputs, blocks, BLOCK * bits // 8), np.uint8)
+    scales = np.empty((outputs, blocks), np.float32)
+    for first in range(0, outputs, ROWS):
+        rows = slice(first, first + ROWS)
+        data[rows], scales[rows] = _quantized_rows(matrix[rows], bits)
+    return data, scales
+
+
+def _quantized_rows(matrix: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     outputs, inputs = matrix.shape
     blocks = -(-inputs // BLOCK)
     padded = np.zeros((outputs, blocks * BLOCK), np.float32)
