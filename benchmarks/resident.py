@@ -1,7 +1,7 @@
 """What `edgepeft run` takes of a CPU machine: resident memory at its highest, predicted by its plan and measured.
 
-Usage: ``python benchmarks/resident.py [MODEL]``; every case is a run of three updates or more and a merge in a process
-of its own. Its lines are part C of ``results/plan.md``.
+Usage: ``python benchmarks/resident.py [MODEL]``; every case is a run of three updates or more, to the exported device
+folder, in a process of its own. Its lines are part C of ``results/plan.md``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def cases() -> Iterator[Case]:
 
 
 def run(case: Case, out: Path) -> None:
-    """Plan, train and merge, as ``edgepeft run`` does in its process."""
+    """Plan, train, merge and export, as ``edgepeft run`` does in its process."""
     from edgepeft import pipeline, recipe
 
     settings = {
@@ -55,7 +55,7 @@ def run(case: Case, out: Path) -> None:
     }
     places = {"model": str(ROOT / "models" / case.model), "data": str(ROOT / "data" / DATA[case.model])}
     wanted = recipe.create({**places, "method": case.method, "precision": case.precision, **settings})
-    pipeline.run(wanted, out, until="merge")
+    pipeline.run(wanted, out)
 
 
 def found(case: Case) -> tuple[dict[str, int], int, int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from edgepeft import roofline
 from edgepeft.hardware import Hardware
-from edgepeft.surface import ADAMW, MERGING, PASSING, TRAINING, WORKING, Configuration, Surface
+from edgepeft.surface import ADAMW, AFTERWARDS, PASSING, TRAINING, WORKING, Configuration, Surface
 
 DDP, FSDP = "ddp", "fsdp"  # how several devices share the work: each holds all, or a part
 LARGEST_MICROBATCH = 1024
@@ -62,8 +62,8 @@ def needed_bytes(reserved_bytes: int, hardware: Hardware) -> int:
 
 
 def counted(hardware: Hardware) -> Sequence[str]:
-    """The phases that must fit the device: all of them on a CPU; on a GPU, merging may be left to the host."""
-    return TRAINING if hardware.kind == "cuda" else (*TRAINING, *MERGING)
+    """The phases that must fit the device: all of them on a CPU; on a GPU, what follows training may be left out."""
+    return TRAINING if hardware.kind == "cuda" else (*TRAINING, *AFTERWARDS)
 
 
 def of(

@@ -203,7 +203,11 @@ def _timelines(configuration: Configuration, recording: Recording, size: int) ->
 
 
 def _from_files(configuration: Configuration, recording: Recording, loaded: Timeline) -> dict[str, Timeline]:
-    """Loading on a CPU, where the mapped file that is converted is in memory too, before training and to merge."""
+    """Loading on a CPU, where the mapped file that is converted is in memory too, before training, to merge, to export.
+
+    The exported graph is held beside the model that it must agree with, each in fp32; onnxruntime turns its matrices
+    round one at a time.
+    """
     temporaries, weights = KINDS.index("temporaries"), KINDS.index("weights")
     model, at = configuration.model, configuration.precision
     file_bytes = stored_dtype(model).itemsize * recording.parameters
@@ -213,10 +217,14 @@ def _from_files(configuration: Configuration, recording: Recording, loaded: Time
     again = np.zeros((2, len(KINDS)))
     converted = file_bytes if is_packed(at) and is_converted(model, "fp32") else 0
     again[0, weights], again[0, temporaries] = 4 * recording.parameters, max(converted, 4 * recording.largest)
+    exporting = np.zeros((2, len(KINDS)))
+    exporting[0, weights] = 4 * recording.parameters
+    exporting[0, temporaries] = 4 * (recording.parameters + recording.largest)
     # Up to where packing begins the trace has temporaries of initialising, which loading does not do.
     packing = {segment: ends for segment, ends in loaded.segments.items() if segment[0] == "pack"}
     both = replace(loaded, bytes=loaded.bytes + beside, segments=packing)
-    return {"loading": both if packing else _single(both.bytes[-1]), "reloading": _single(again)}
+    loading = both if packing else _single(both.bytes[-1])
+    return {"loading": loading, "reloading": _single(again), "exporting": _single(exporting)}
 
 
 def _timeline(recording: Recording, name: str, size: int) -> Timeline:

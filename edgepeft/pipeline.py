@@ -194,10 +194,10 @@ class _Job:
         with ample() if self._planned().get("ample") else contextlib.nullcontext():
             done = training.train(self.recipe, plain, method, self.data, self.space.root, start=start, ranks=ranks)
         if ranks.first:
-            trained = counts.training(done.stages)
-            size = size_bytes(self.space.adapter)
-            row = Row(artefact="adapter", metrics=done.metrics, bytes=size, counts=trained, stages=done.stages)
-            ledger.record(self.space.ledger, row)
+            row = Row(
+                artefact="adapter", metrics=done.metrics, bytes=size_bytes(self.space.adapter), stages=done.stages
+            )
+            ledger.record(self.space.ledger, dataclasses.replace(row, counts=counts.training(done.stages)))
         self.say(f"train: {_shown(done.metrics)}")
         del plain
         gc.collect()
@@ -251,11 +251,7 @@ class _Job:
             return
         rows[-1] = dataclasses.replace(rows[-1], counts={**rows[-1].counts, **self._changed(method, rows[-1])})
         ledger.record(self.space.ledger, *rows)
-        if self.space.plan.exists():  # of an adapter that was trained elsewhere, nothing was planned
-            found: dict[str, Any] = {"measured_phases": held}
-            if self.hardware.kind == "cpu":  # where what was predicted of the process is with merging
-                found["measured_process_bytes"] = machine.peak_resident_bytes()
-            write_json(self.space.plan, {**self._planned(), **found})
+        self._note_memory({"measured_phases": held})
         self.space.finish("merge", inputs)
         for row in rows:
             self.say(f"merge: {row.artefact}: {_shown(row.metrics)}{'' if row.kept else ' (not kept)'}")
@@ -268,13 +264,23 @@ class _Job:
             self.say("export: done before")
             return
         deploy.deploy(self._whole, self.recipe, self.data, self.tokenizer, self.space, self.say)
+        self._note_memory({})
         self.space.finish("export", inputs)
+
+    def _note_memory(self, found: dict[str, Any]) -> None:
+        """Put what was measured beside what was predicted; nothing was of an adapter that was trained elsewhere."""
+        if self.space.plan.exists():
+            planned = self._planned()
+            if self.hardware.kind == "cpu":  # where what was predicted of the process is with merging and exporting
+                before = planned.get("measured_process_bytes", 0)
+                found["measured_process_bytes"] = max(before, machine.peak_resident_bytes())
+            write_json(self.space.plan, {**planned, **found})
 
     def _whole(self) -> Any:
         """What is exported, in fp32: the merged model, or the backbone with the adapter in it."""
-        if self.space.merged.exists():
-            where = backbone.resolve(str(self.space.merged))
-            return backbone.load(where, task=self.data.task, at="fp32", labels=self.data.labels or None).model
+        if (merged := self.space.merged).exists():
+            source, labels = backbone.resolve(str(merged)), self.data.labels or None
+            return backbone.load(source, task=self.data.task, at="fp32", labels=labels).model
         model = self._trained(self._needs("precision")).model
         merging.to_full_precision(model)
         base.create(self._needs("method"), self.recipe.options).condense(model)
@@ -284,8 +290,7 @@ class _Job:
         """What an adapter that does not merge changed, and how fast the backbone reads with it and without."""
         row = ledger.find(self.space.ledger, "adapter") or Row(artefact="adapter")
         batches = training.validation_batches(self.data, self.recipe)[: merging.COMPARED]
-        model = self._trained(self._needs("precision")).model
-        added = base.state(model)
+        added = base.state(model := self._trained(self._needs("precision")).model)
         merging.to_full_precision(model)
         found = {"tokens_per_second_unmerged": merging.read(model, batches)[1]}
         del model  # one of the two is held at a time

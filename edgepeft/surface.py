@@ -13,8 +13,8 @@ PASSING = KINDS[-2:]  # the kinds that may grow with the microbatch
 TRAINING = ("loading", "forward+backward", "update", "evaluation", "checkpoint")
 """Phases of training; with several stages, each has its own of some. Merging and exporting come after it."""
 
-MERGING = ("merge", "reloading")
-"""Phases of merging on a CPU: with the trained model, and with its backbone and what was made of it."""
+AFTERWARDS = ("merge", "reloading", "exporting")
+"""On a CPU, phases of merging (of the trained model, and of its backbone beside what was made of it) and of export."""
 
 WORKING = ("forward+backward", "update")
 """Phases whose work is counted: a step is the first for each of its microbatches, and then the second."""
