@@ -82,12 +82,12 @@ def test_measured_memory_is_near_what_was_predicted(tuned: Path) -> None:
 
 
 def test_every_phase_was_measured_and_is_near_what_was_predicted(tuned: Path) -> None:
-    """Loading is left out: threads read the weights, and they are not followed."""
+    """Left out are loading, where threads read the weights, and exporting, where onnxruntime has its own: not followed."""
     planned = json.loads((tuned / "plan.json").read_text())
     ended = json.loads((tuned / "events.jsonl").read_text().splitlines()[-1])
     measured = {**ended["measured_phases"], **planned["measured_phases"]}
     predicted = planned["predicted_phases"]
-    assert set(predicted) - {"loading"} == set(measured)
+    assert set(predicted) - {"loading", "reloading", "exporting"} == set(measured)
     for phase, size in measured.items():
         assert predicted[phase] == pytest.approx(size, rel=0.1), phase
 
