@@ -82,7 +82,7 @@ def test_measured_memory_is_near_what_was_predicted(tuned: Path) -> None:
 
 
 def test_every_phase_was_measured_and_is_near_what_was_predicted(tuned: Path) -> None:
-    """Left out are loading, where threads read the weights, and exporting, where onnxruntime has its own: not followed."""
+    """Left out are loading, where threads read the weights, and exporting to another library: they are not followed."""
     planned = json.loads((tuned / "plan.json").read_text())
     ended = json.loads((tuned / "events.jsonl").read_text().splitlines()[-1])
     measured = {**ended["measured_phases"], **planned["measured_phases"]}
