@@ -51,7 +51,7 @@ def run(case: Case, out: Path) -> None:
         "max_steps": case.updates,
         "microbatch": case.rows,
         "global_batch": case.rows,
-        "validation_limit": 2 * case.rows,
+        "validation_limit": 4 * case.rows,
     }
     places = {"model": str(ROOT / "models" / case.model), "data": str(ROOT / "data" / DATA[case.model])}
     wanted = recipe.create({**places, "method": case.method, "precision": case.precision, **settings})

@@ -91,10 +91,9 @@ def of(
     # Room is left if any microbatch allows it; else the margin is used, and the verdict says so.
     size = fixed or largest(hardware.available_bytes * TIGHT) or largest(hardware.available_bytes) or 1
     process = need(size)
-    kept = _with_kept(traced, hardware, size)
+    kept = max(process, _with_kept(traced, hardware, size))
     ample = hardware.kind == "cpu" and kept <= hardware.available_bytes * TIGHT
-    if ample:
-        process = max(process, kept)
+    process = kept if ample else process
     verdict = "NO" if process > hardware.available_bytes else "FITS"
     if verdict == "FITS" and process > hardware.available_bytes * TIGHT:
         verdict = "TIGHT"

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgepeft import precision
+from edgepeft import counts, precision
 from edgepeft.backbone import Backbone, repack, save
 from edgepeft.errors import EdgePeftError
 from edgepeft.evaluate import better, evaluate, sample_logits
 from edgepeft.files import atomic_directory, size_bytes
 from edgepeft.ledger import Row
+from edgepeft.methods import base
 from edgepeft.methods.base import Method
 from edgepeft.placements import selection
 from edgepeft.step import Batch
@@ -100,8 +101,28 @@ def _merged(backbone: Backbone, method: Method, name: str, batches: Sequence[Bat
             f"Logits differ by {deviation:.2g} of the largest; up to {TOLERANCE:g} is rounding.",
             "The adapter is untouched. Please report it with the recipe.",
         )
-    counts = {"tokens_per_second_unmerged": unmerged, "tokens_per_second_merged": merged}
-    return model, Row(artefact=name, metrics=evaluate(model, batches), deviation=deviation, counts=counts)
+    speeds = {"tokens_per_second_unmerged": unmerged, "tokens_per_second_merged": merged}
+    return model, Row(artefact=name, metrics=evaluate(model, batches), deviation=deviation, counts=speeds)
+
+
+def beside(trained: Callable[[], Any], plain: Callable[[], Any], batches: Sequence[Batch]) -> dict[str, float]:
+    """What an adapter that does not merge changed, and how fast its backbone reads with it and without.
+
+    Args:
+        trained, plain: load the backbone with the adapter in it and without; one of the two is held at a time.
+    """
+    model = trained()
+    added = base.state(model)
+    to_full_precision(model)
+    _, with_adapter = read(model, batches[:COMPARED])
+    del model
+    model = plain()
+    to_full_precision(model)
+    return {
+        "changed_parameters": counts.beside(model, added),
+        "tokens_per_second_unmerged": with_adapter,
+        "tokens_per_second_backbone": read(model, batches[:COMPARED])[1],
+    }
 
 
 def read(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Tensor], float]:

@@ -195,9 +195,13 @@ class _Job:
             done = training.train(self.recipe, plain, method, self.data, self.space.root, start=start, ranks=ranks)
         if ranks.first:
             row = Row(
-                artefact="adapter", metrics=done.metrics, bytes=size_bytes(self.space.adapter), stages=done.stages
+                artefact="adapter",
+                metrics=done.metrics,
+                bytes=size_bytes(self.space.adapter),
+                counts=counts.training(done.stages),
+                stages=done.stages,
             )
-            ledger.record(self.space.ledger, dataclasses.replace(row, counts=counts.training(done.stages)))
+            ledger.record(self.space.ledger, row)
         self.say(f"train: {_shown(done.metrics)}")
         del plain
         gc.collect()
@@ -289,14 +293,8 @@ class _Job:
     def _beside(self) -> None:
         """What an adapter that does not merge changed, and how fast the backbone reads with it and without."""
         row = ledger.find(self.space.ledger, "adapter") or Row(artefact="adapter")
-        batches = training.validation_batches(self.data, self.recipe)[: merging.COMPARED]
-        added = base.state(model := self._trained(self._needs("precision")).model)
-        merging.to_full_precision(model)
-        found = {"tokens_per_second_unmerged": merging.read(model, batches)[1]}
-        del model  # one of the two is held at a time
-        merging.to_full_precision(model := self._load(self._needs("precision")).model)
-        found["changed_parameters"] = counts.beside(model, added)
-        found["tokens_per_second_backbone"] = merging.read(model, batches)[1]
+        at, batches = self._needs("precision"), training.validation_batches(self.data, self.recipe)
+        found = merging.beside(lambda: self._trained(at).model, lambda: self._load(at).model, batches)
         ledger.record(self.space.ledger, dataclasses.replace(row, counts={**row.counts, **found}))
 
     def _changed(self, method: base.Method, merged: Row) -> dict[str, float]:

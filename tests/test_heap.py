@@ -17,10 +17,10 @@ import contextlib, sys
 import psutil, torch
 from edgepeft import heap
 
-large, sizes = [], int(sys.argv[2])
+large = []
 def make():
     for number in range(80):
-        large.append((torch.ones(sizes, dtype=torch.uint8), torch.ones(100)))
+        large.append((torch.ones(2 << 20, dtype=torch.uint8), torch.ones(100)))
     for number in range(0, 80, 2):
         large[number] = large[number][1]
     return psutil.Process().memory_info().rss
@@ -34,18 +34,18 @@ print((inside - before) >> 20, (psutil.Process().memory_info().rss - before) >> 
 """
 
 
-def held(where: str, size_bytes: int) -> tuple[int, int]:
+def held(where: str) -> tuple[int, int]:
     """MiB more inside, and afterwards."""
-    command = [sys.executable, "-c", HOLES, where, str(size_bytes)]
+    command = [sys.executable, "-c", HOLES, where]
     inside, after = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return int(inside), int(after)
 
 
 def test_large_blocks_are_given_back_unless_memory_is_ample() -> None:
     for where in ("none", "small"):  # after loading, and while it lasts
-        inside, after = held(where, 2 << 20)
+        inside, after = held(where)
         assert 75 <= inside <= 100 and 75 <= after <= 100, "half of 160"
-    inside, after = held("ample", 2 << 20)
+    inside, after = held("ample")
     assert inside >= 150 and after <= 100, "kept for the next step, and given back after the last"
 
 
