@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,9 @@ class _Gate:
     def __init__(self, model: Any, recipe: Recipe, data: Data, space: Workspace) -> None:
         self.model = model  # until its graph is made
         self.config, self.data, self.space = model.config, data, space
-        self.torch_batches: list[Batch] = validation_batches(data, recipe)
+        # Texts are compared one by one: all logits of a training's microbatch may need more memory than the model.
+        size = recipe.microbatch if data.task == "classification" else 1
+        self.torch_batches: list[Batch] = validation_batches(data, replace(recipe, microbatch=size))
         self.batches = [{name: value.numpy() for name, value in batch.items()} for batch in self.torch_batches]
         self.start: int | None = model.config.decoder_start_token_id if data.task == "seq2seq" else None
         self.stops = _stops(model)

@@ -66,15 +66,22 @@ def totals(model: nn.Module, batches: Iterable[Batch]) -> tuple[torch.Tensor, to
 
 
 @torch.no_grad()
-def sample_logits(model: nn.Module, batches: Iterable[Batch]) -> list[torch.Tensor]:
-    """Logits at the batches' targets, one tensor (targets, classes or vocabulary) of fp32 on the CPU a batch."""
+def sample_logits(model: nn.Module, batches: Iterable[Batch], *, bounded: bool = False) -> list[torch.Tensor]:
+    """Logits at the batches' targets, one tensor (targets, classes or vocabulary) of fp32 on the CPU a batch.
+
+    Args:
+        bounded: at no more targets of a batch than a chunk of the loss has (``cross_entropy.chunks``), the first ones.
+    """
     found = []
     device = next(model.parameters()).device
     for batch in batches:
         batch = {name: value.to(device) for name, value in batch.items()}
-        logits = model(**inputs(batch)).logits
-        if "target_positions" in batch:
-            logits = logits.flatten(0, 1)[batch["target_positions"]]
+        if "labels" in batch:
+            logits = model(**inputs(batch)).logits
+        else:
+            states, head = answer_states(model, batch), model.get_output_embeddings()  # type: ignore[operator]
+            most = chunks(len(states), head.weight.shape[0])[0] if bounded else slice(None)
+            logits = _capped(model, head(states[most]))
         found.append(logits.float().cpu())
     return found
 

@@ -22,6 +22,7 @@ from edgepeft.methods import base
 from edgepeft.precision import is_converted, is_packed, stored_dtype
 from edgepeft.probe import Recording, recordings, refuse
 from edgepeft.roofline import Work, along
+from edgepeft.runtime.manifest import PREFILL_TOKENS
 from edgepeft.surface import KINDS, PASSING, WORKING, Configuration, Moment, Surface
 
 SIZES = [2**power for power in range(11)]  # microbatches at which the peak of a segment is looked for
@@ -206,7 +207,7 @@ def _from_files(configuration: Configuration, recording: Recording, loaded: Time
     """Loading on a CPU, where the mapped file that is converted is in memory too, before training, to merge, to export.
 
     The exported graph is held beside the model that it must agree with, each in fp32; onnxruntime turns its matrices
-    round one at a time.
+    round one at a time. Then both give the logits of a text.
     """
     temporaries, weights = KINDS.index("temporaries"), KINDS.index("weights")
     model, at = configuration.model, configuration.precision
@@ -219,12 +220,20 @@ def _from_files(configuration: Configuration, recording: Recording, loaded: Time
     again[0, weights], again[0, temporaries] = 4 * recording.parameters, max(converted, 4 * recording.largest)
     exporting = np.zeros((2, len(KINDS)))
     exporting[0, weights] = 4 * recording.parameters
-    exporting[0, temporaries] = 4 * (recording.parameters + recording.largest)
+    exporting[0, temporaries] = 4 * (recording.parameters + max(recording.largest, 2 * _text_logits(configuration)))
     # Up to where packing begins the trace has temporaries of initialising, which loading does not do.
     packing = {segment: ends for segment, ends in loaded.segments.items() if segment[0] == "pack"}
     both = replace(loaded, bytes=loaded.bytes + beside, segments=packing)
     loading = both if packing else _single(both.bytes[-1])
     return {"loading": loading, "reloading": _single(again), "exporting": _single(exporting)}
+
+
+def _text_logits(configuration: Configuration) -> int:
+    """How many logits a graph gives at once: those of a piece of one text."""
+    if configuration.task == "classification":
+        return configuration.labels
+    tokens = configuration.target_tokens if configuration.task == "seq2seq" else configuration.tokens
+    return min(tokens, PREFILL_TOKENS) * int(configuration.model["vocab_size"])
 
 
 def _timeline(recording: Recording, name: str, size: int) -> Timeline:

@@ -260,7 +260,7 @@ def _merge(configuration: Configuration, backbone: Backbone, method: Method, fou
 
 def _logits(configuration: Configuration, model: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """The logits that a merge compares; those of the other batches are made without running the model again."""
-    found = sample_logits(model, [batch])
+    found = sample_logits(model, [batch], bounded=True)
     if configuration.cuda:
         return []  # they are kept on the host
     return found + [torch.empty_like(logits) for logits in found for _ in range(COMPARED - 1)]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepeft.cross_entropy import chunks
 from edgepeft.ledger import Row
 from edgepeft.runtime import decode
 from edgepeft.runtime.sessions import Graph
@@ -33,18 +34,25 @@ class Comparison:
 
 
 def target_logits(graphs: Graphs, batch: Arrays) -> NDArray[np.float32]:
-    """Logits of the graphs where the batch has targets: (targets, classes or vocabulary). A batch is as in training."""
-    mask = batch["attention_mask"]
+    """Logits of the graphs where the batch has targets: (targets, classes or vocabulary). A batch is as in training.
+
+    Texts are read one by one, as on a device: the logits of a whole batch may need more memory than the model.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"]
     if "labels" in batch:
-        feed = {"input_ids": batch["input_ids"], "attention_mask": mask}
-        return graphs["model"].run(feed)["logits"].numpy()
-    if "decoder_input_ids" in batch:
-        steps = decode.seq2seq_logits(
-            graphs["encoder"], graphs["decoder"], batch["input_ids"], mask, batch["decoder_input_ids"]
-        )
-    else:
-        steps = decode.causal_logits(graphs["model"], batch["input_ids"], mask)
-    return steps.reshape(-1, steps.shape[-1])[batch["target_positions"]]
+        return graphs["model"].run({"input_ids": ids, "attention_mask": mask})["logits"].numpy()
+    predicting = batch.get("decoder_input_ids", ids)
+    rows, positions = np.divmod(batch["target_positions"], predicting.shape[1])
+    found = []
+    for row in range(len(ids)):
+        text, wanted = ids[row][mask[row] > 0], positions[rows == row]
+        if "encoder" in graphs:
+            found.append(
+                decode.seq2seq_logits(graphs["encoder"], graphs["decoder"], text, predicting[row], wanted),
+            )
+        else:
+            found.append(decode.causal_logits(graphs["model"], text, wanted))
+    return np.concatenate(found)
 
 
 def compare(graphs: Graphs, batches: Sequence[Arrays], reference: Callable[[int], NDArray[np.float32]]) -> Comparison:
@@ -61,10 +69,11 @@ def compare(graphs: Graphs, batches: Sequence[Arrays], reference: Callable[[int]
         logits, other = target_logits(graphs, batch), reference(index)
         differences.append(np.abs(logits - other).max())
         magnitudes.append(np.abs(other).max())
-        exact = logits.astype(np.float64)
-        shifted = exact - exact.max(-1, keepdims=True)
-        loss += float((np.log(np.exp(shifted).sum(-1)) - np.take_along_axis(shifted, wanted[:, None], 1)[:, 0]).sum())
-        right += int(((logits.argmax(-1) == wanted) & np.isfinite(exact).all(-1)).sum())
+        for part in chunks(len(wanted), logits.shape[-1]):
+            some, target = logits[part].astype(np.float64), wanted[part]
+            right += int(((some.argmax(-1) == target) & np.isfinite(some).all(-1)).sum())
+            some -= some.max(-1, keepdims=True)
+            loss += float((np.log(np.exp(some).sum(-1)) - np.take_along_axis(some, target[:, None], 1)[:, 0]).sum())
         count += len(wanted)
     deviation = float(np.max(differences) / np.max(magnitudes))  # Python's max would lose a NaN
     return Comparison({"loss": loss / count, name: right / count}, deviation)

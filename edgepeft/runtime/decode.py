@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgepeft.errors import EdgePeftError
 from edgepeft.runtime import sampling
+from edgepeft.runtime.manifest import PREFILL_TOKENS
 from edgepeft.runtime.sessions import Graph
 
 Logits = NDArray[np.float32]
@@ -18,10 +19,6 @@ Logits = NDArray[np.float32]
 Tokens = NDArray[np.int64]
 Steps = Generator[Logits, Tokens, None]
 """Yields the logits of the next token, is sent the tokens (batch,) that were chosen, and so on without end."""
-
-PREFILL_TOKENS = 256
-"""A longer prompt is read in pieces: the graph returns logits for every token it is given, (tokens, vocabulary) floats,
-which would be gigabytes for a long prompt and a large vocabulary."""
 
 _ELEMENT_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}  # onnx.TensorProto.DataType
 
@@ -151,21 +148,37 @@ def _step(
     """The logits after the last token of ``feed``, and the cache with its tokens added."""
     outputs = graph.run({**feed, **past})
     logits = outputs.pop("logits").numpy()[:, -1].astype(np.float32)
-    return logits, {name.replace("present.", "past_key_values.", 1): value for name, value in outputs.items()}
+    return logits, _as_past(outputs)
 
 
-def causal_logits(graph: Graph, input_ids: Tokens, attention_mask: Tokens) -> NDArray[np.float32]:
-    """The logits (batch, tokens, vocabulary) after every token, for batches padded on the right."""
-    feed: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if "position_ids" in graph.inputs:
-        feed["position_ids"] = np.clip(np.cumsum(attention_mask, axis=1) - 1, 0, None)
-    return graph.run({**feed, **_empty_past(graph, len(input_ids))})["logits"].numpy()
+def _as_past(outputs: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
+    return {name.replace("present.", "past_key_values.", 1): value for name, value in outputs.items()}
+
+
+def causal_logits(graph: Graph, tokens: Tokens, wanted: Tokens) -> NDArray[np.float32]:
+    """The logits (wanted, vocabulary) after some of a text's ``tokens`` (tokens,), read in pieces as a long prompt is.
+
+    Args:
+        wanted: ascending positions in the text.
+    """
+    found, past = [], _empty_past(graph, 1)
+    for start in range(0, len(tokens), PREFILL_TOKENS):
+        end = min(start + PREFILL_TOKENS, len(tokens))
+        feed: dict[str, Any] = {"input_ids": tokens[None, start:end], "attention_mask": np.ones((1, end), np.int64)}
+        if "position_ids" in graph.inputs:
+            feed["position_ids"] = np.arange(start, end)[None]
+        outputs = graph.run({**feed, **past})
+        logits = outputs.pop("logits").numpy()[0]
+        found.append(logits[wanted[(wanted >= start) & (wanted < end)] - start].astype(np.float32))
+        past = _as_past(outputs)
+    return np.concatenate(found)
 
 
 def seq2seq_logits(
-    encoder: Graph, decoder: Graph, input_ids: Tokens, attention_mask: Tokens, decoder_input_ids: Tokens
+    encoder: Graph, decoder: Graph, tokens: Tokens, decoder_tokens: Tokens, wanted: Tokens
 ) -> NDArray[np.float32]:
-    """The decoder's logits (batch, target tokens, vocabulary) after every given target token."""
-    cross = encoder.run({"input_ids": input_ids, "attention_mask": attention_mask})
-    feed = {"decoder_input_ids": decoder_input_ids, "encoder_attention_mask": attention_mask}
-    return decoder.run({**feed, **cross, **_empty_past(decoder, len(input_ids))})["logits"].numpy()
+    """The decoder's logits (wanted, vocabulary) after some of its ``decoder_tokens``, for the source ``tokens``."""
+    mask = np.ones((1, len(tokens)), np.int64)
+    cross = encoder.run({"input_ids": tokens[None], "attention_mask": mask})
+    feed = {"decoder_input_ids": decoder_tokens[None], "encoder_attention_mask": mask}
+    return decoder.run({**feed, **cross, **_empty_past(decoder, 1)})["logits"].numpy()[0][wanted].astype(np.float32)

@@ -19,6 +19,10 @@ GRAPHS = {
     "causal-lm": ("model.onnx",),
     "seq2seq": ("encoder.onnx", "decoder.onnx"),
 }
+PREFILL_TOKENS = 256
+"""A longer prompt is read in pieces: the graph returns logits for every token it is given, (tokens, vocabulary) floats,
+which would be gigabytes for a long prompt and a large vocabulary."""
+
 _PASS_ANOTHER = "Pass the folder that `edgepeft export` wrote."
 _EXPORT_AGAIN = "Copy the folder again from where it was made, or run `edgepeft export` again."
 
