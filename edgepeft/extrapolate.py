@@ -58,7 +58,7 @@ def surface(configuration: Configuration) -> Surface:
 def surfaces(configuration: Configuration, checkpointing: Sequence[bool]) -> list[Surface]:
     """The same at each wanted value of ``checkpointing``.
 
-    Traces share all but the forward and backward passes, unless a stage of the method begins with what they leave.
+    Traces share all but the forward and backward passes.
     """
     saturated = _saturated(configuration)
     full = depth(configuration.model)
@@ -69,8 +69,6 @@ def surfaces(configuration: Configuration, checkpointing: Sequence[bool]) -> lis
         refuse(configuration.model, configuration.task, method)
     # Larger tells better; but an answer's logits are made in chunks, all of which have to be followed.
     size = _prime(configuration, 101 if configuration.task == "classification" else max(saturated, 11))
-    if len(checkpointing) > 1 and len(method.stages()) > 1:
-        return [surface(replace(configuration, checkpointing=again)) for again in checkpointing]
     traces = [_recorded(configuration, checkpointing, layers, size) for layers in depths]
     ones: Sequence[Recording | None] = [None] * len(checkpointing)
     if saturated > 1:

@@ -24,7 +24,7 @@ from edgepeft.files import write_text
 from edgepeft.hardware import Hardware
 from edgepeft.methods import base
 from edgepeft.placements import eight_bit
-from edgepeft.step import TrainingStep
+from edgepeft.step import TrainingStep, recompute_activations
 from edgepeft.surface import ADAMW, EIGHT_BIT, Configuration
 from edgepeft.trace import Tracker
 
@@ -191,7 +191,7 @@ class _Step:
             base.apply(method, made)
         self.model: Any = made.model
         if configuration.checkpointing:
-            self.model.activation_checkpointing_enable()
+            recompute_activations(self.model)
         self.model.train()
         self.optimizer = method.stages()[0].made(self.model, 1e-3, 0.0, configuration.optimizer)
         self.step = TrainingStep(

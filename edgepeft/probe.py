@@ -207,7 +207,7 @@ def _train(
 @contextlib.contextmanager
 def _checkpointed(model: Any, again: bool) -> Iterator[None]:
     if again:
-        model.activation_checkpointing_enable()
+        training.recompute_activations(model)
     try:
         yield
     finally:

@@ -132,13 +132,13 @@ def describe(func: Any, args: Any, kwargs: Any) -> tuple[Signature | None, list[
     The first is None where values matter, or may.
     """
     tensors: list[Any] = []
-    if func in _PLACED:
-        return None, tensors
     found: list[Any] = [func, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()]
     whole = _describe(args, found, tensors)
     if kwargs and whole:
         found.extend(kwargs)
         whole = _describe(kwargs.values(), found, tensors)
+    if func in _PLACED:
+        found.extend(tensor.storage_offset() for tensor in tensors)
     return (tuple(found) if whole else None), tensors
 
 

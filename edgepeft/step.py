@@ -71,6 +71,17 @@ def _without_head(model: Any) -> Iterator[None]:
             model.config.final_logit_softcapping = softcap
 
 
+def recompute_activations(model: nn.Module) -> None:
+    """Let every layer keep its input alone and compute its activations again in backward (arXiv 1604.06174).
+
+    transformers makes the embeddings' output need a gradient then, which only a reentrant checkpoint has use for: a
+    method that trains the last layers would send gradients through all.
+    """
+    made: Any = model
+    made.activation_checkpointing_enable()
+    made.disable_input_require_grads()
+
+
 class TrainingStep:
     """One update from one or more microbatches, with the loss averaged over all their targets together.
 

@@ -30,7 +30,7 @@ from edgepeft.methods.base import Method
 from edgepeft.ranks import ALONE, Ranks
 from edgepeft.recipe import Recipe
 from edgepeft.schedule import check, learning_rate, legs, total_steps
-from edgepeft.step import Batch, TrainingStep
+from edgepeft.step import Batch, TrainingStep, recompute_activations
 from edgepeft.surface import ADAMW
 from edgepeft.watch import peak
 
@@ -134,7 +134,7 @@ class _Run:
         self.accelerator.init_trackers("edgepeft")
         self.model.train()
         if self.recipe.checkpointing:
-            self.model.activation_checkpointing_enable()
+            recompute_activations(self.model)
         torch.manual_seed(self.recipe.seed)
         if self.ranks.first:
             remove_leftovers(self.out)

@@ -169,7 +169,7 @@ def test_recomputed_activations_give_the_same_gradients(name: str, family: str) 
         made, _ = tiny.adapted(family, name)
         randomised(made.model.train())
         if again:
-            made.model.activation_checkpointing_enable()
+            step.recompute_activations(made.model)
         found.append(gradients(made.model, tiny.batch(family)))
     kept, recomputed = found
     trained = [n for n, p in made.model.named_parameters() if p.requires_grad and n in kept]

@@ -131,6 +131,20 @@ def test_extrapolated_depth_and_microbatch_agree_with_a_full_trace(
             assert sum(extrapolated[phase].values()) == pytest.approx(peak.peak_bytes, rel=0.002)
 
 
+@pytest.mark.parametrize("method", ("lora", "lets", "far"))
+def test_both_ways_to_keep_activations_may_be_traced_together(method: str) -> None:
+    """Also of a method with several stages: what one way leaves is not in the other's next stage."""
+    wanted = configuration(method, model=BERT, task="classification")
+    together = extrapolate.surfaces(wanted, [False, True])
+    for again, found in zip((False, True), together, strict=True):
+        alone = extrapolate.surface(replace(wanted, checkpointing=again))
+        for microbatch in (1, 24):
+            expected = {phase: sum(held.values()) for phase, held in alone.peaks(microbatch).items()}
+            assert {p: sum(held.values()) for p, held in found.peaks(microbatch).items()} == pytest.approx(
+                expected, rel=0.001
+            )
+
+
 @pytest.mark.parametrize(
     ("method", "precision"), [("lora", "nf4"), ("lora", "fp32"), ("full", "bf16"), ("fish_mask", "bf16")]
 )

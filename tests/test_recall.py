@@ -60,6 +60,14 @@ def test_a_part_elsewhere_in_memory_is_recalled_where_it_lies() -> None:
         assert [x[row].view(2, 3).storage_offset() for row in range(4)] == [0, 6, 12, 18]
 
 
+def test_offsets_that_count_from_where_memory_begins_are_those_of_each_part() -> None:
+    with RecallingMode():
+        x = torch.empty(4, 6)
+        for _ in range(2):  # learned, and then recalled
+            assert [x[row].view(torch.int16).storage_offset() for row in range(4)] == [0, 12, 24, 36]
+            assert [x[row].as_strided((2,), (1,), 3).storage_offset() for row in range(4)] == [3, 3, 3, 3]
+
+
 def test_what_depends_on_values_is_not_recalled() -> None:
     with RecallingMode(), pytest.raises(Exception, match="data|nonzero|dynamic"):
         for _ in range(2):

@@ -47,6 +47,16 @@ def test_gradients_are_those_of_transformers(family: str) -> None:
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_recomputing_sends_no_gradient_where_nothing_is_trained() -> None:
+    made, _ = tiny.adapted("llama", "top_layers", layers=1)
+    step.recompute_activations(made.model.train())
+    seen: list[bool] = []
+    for block in made.anatomy.blocks:
+        made.model.get_submodule(block.path).register_forward_hook(lambda m, i, o: seen.append(o.requires_grad))
+    step.loss_sum(made.model, tiny.batch("llama"))
+    assert not seen[0] and seen[-1]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "t5"])
 def test_the_model_has_its_head_back(family: str) -> None:
     """Also after an error on the way."""

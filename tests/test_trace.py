@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from edgepeft import backbone, precision
 from edgepeft.methods import base
-from edgepeft.step import TrainingStep
+from edgepeft.step import TrainingStep, recompute_activations
 from edgepeft.trace import KINDS, Peak, Tracker, fake_device
 
 KB = 1024
@@ -185,7 +185,7 @@ def traced(
         base.apply(method, made)
         made.model.train()
         if again:
-            made.model.activation_checkpointing_enable()
+            recompute_activations(made.model)
         clip = None if method.updates_in_backward else 1.0
         optimizer = method.optimizer(made.model, 1e-3, 0.0)
         step = TrainingStep(made.model, optimizer, clip_norm=clip)
