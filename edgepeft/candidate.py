@@ -132,6 +132,9 @@ def _update_seconds(traced: Surface, hardware: Hardware, largest: int, global_ba
         return None
     size = usable_microbatch(largest, global_batch)
     microbatch, update = (roofline.seconds(traced.work_at(size)[phase], hardware) for phase in WORKING)
+    shared, summed = (roofline.sending_seconds(traced.sent.get(phase, 0), hardware) for phase in WORKING)
+    # FSDP sends a layer's parameters while another computes; what DDP adds up is sent when all gradients are there.
+    microbatch, update = max(microbatch, shared), update + summed
     return global_batch // size * microbatch + update
 
 

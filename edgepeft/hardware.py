@@ -15,6 +15,7 @@ from edgepeft.errors import EdgePeftError, UsageError, nearest
 AUTO = "auto"
 OPERATIONS = (
     *("matmul", "thin", "attention", "elementwise", "curved", "random", "dequantize", "optimizer", "requantize"),
+    "sending",
 )
 
 
@@ -43,7 +44,11 @@ class Hardware:
     """Names under which the CUDA driver reports this device."""
     reached: Mapping[str, float] = field(default_factory=dict, hash=False)
     """The share of the peak that kernels reach, by operation (see OPERATIONS): of FLOP/s in products and attention, of
-    bandwidth in the others. May exceed 1 where caches serve. Absent: what is usual for the kind of device."""
+    bandwidth in the others, of the interconnect in sending. May exceed 1 where caches serve. Absent: what is usual for
+    the kind of device."""
+    interconnect: float | None = None
+    """Bytes per second that a device sends to others like it in one machine while it receives as many; absent: what is
+    usual."""
     call_seconds: float | None = None
     """Time that PyTorch takes to issue one operator; absent: what is usual."""
     watts: float | None = None
@@ -127,6 +132,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "memory_bytes": (2**28, 2**44),
     "reserved_bytes": (0, 2**43),
     "bandwidth": (1e8, 1e14),
+    "interconnect": (1e7, 1e14),
     "cores": (1, 2**12),
     "call_seconds": (1e-8, 1e-2),
     "watts": (0.1, 1e5),
@@ -134,7 +140,13 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 _FLOPS_RANGE = (1e8, 1e17)
 _SHARE_RANGE = (1e-4, 50)
-_UNITS = {"bandwidth": "bytes per second", "cores": "cores", "watts": "watts", "price": "US dollars an hour"}
+_UNITS = {
+    "bandwidth": "bytes per second",
+    "interconnect": "bytes per second",
+    "cores": "cores",
+    "watts": "watts",
+    "price": "US dollars an hour",
+}
 _UNITS |= {"memory_bytes": "bytes", "reserved_bytes": "bytes", "call_seconds": "seconds"}
 _EXAMPLES = "The shipped profiles are examples to start from."
 
@@ -190,6 +202,7 @@ class _Reader:
             instructions=self.texts("instructions") if "instructions" in self.table else (),
             devices=self.texts("devices") if "devices" in self.table else (),
             reached=self.reached(),
+            interconnect=self.optional("interconnect"),
             call_seconds=self.optional("call_seconds"),
             watts=self.optional("watts"),
             price=self.optional("price"),

@@ -26,8 +26,8 @@ TIMES = (
     "correlation of 0.72 on T5-large and 0.83 on T5-3B (benchmarks/results/time.md)."
 )
 APART = (
-    "Sending between devices is not in them, and networks differ: several devices take longer. `edgepeft run` does DDP "
-    "and not FSDP."
+    "Sending between devices is counted at the rate of the profile's interconnect, that of devices in one machine. "
+    "`edgepeft run` does DDP and not FSDP."
 )
 PACKED = ("int8", "nf4")
 PRECISIONS = ("fp32", "bf16", *PACKED)
@@ -275,7 +275,7 @@ def _shared(configuration: Configuration, traced: Surface, devices: int, sharded
     """The surface of one of several devices, by the way in which they share the work."""
     if devices == 1:
         return [("", traced)]
-    ways = [(DDP, traced)]  # gradients are added up where they are: each device holds what one alone does
+    ways = [(DDP, sharding.replicated(traced, devices))]
     if not sharded:
         return ways
     found = sharding.inventory(traces.units(configuration), devices)

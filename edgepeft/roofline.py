@@ -38,6 +38,12 @@ def seconds(work: Mapping[str, Work], hardware: Hardware) -> float:
     return max(device, issuing) if hardware.kind == "cuda" else device + issuing
 
 
+def sending_seconds(sent_bytes: float, hardware: Hardware) -> float:
+    """Time in which one of several devices sends so many bytes to others and receives as many."""
+    usual = hardware.bandwidth if hardware.kind == "cpu" else INTERCONNECT  # processes pass it through memory
+    return sent_bytes / ((hardware.interconnect or usual) * reached(hardware, "sending"))
+
+
 def along(low: Mapping[str, Work], high: Mapping[str, Work], place: float) -> dict[str, Work]:
     """Work between two traces, or beyond them: all of it is affine in depth and in microbatch. 0 is low, 1 is high."""
     nothing = Work(0, 0, 0)
@@ -86,16 +92,26 @@ _MOVES = {"matmul": "elementwise", "thin": "elementwise", "attention": "elementw
 # "Maximum Achievable Matmul FLOPS"); FlashAttention-2 reaches 50 to 73 % of an A100's (arXiv 2307.08691); copies and
 # sums reach about 80 % of a data sheet's bandwidth (BabelStream: Deakin et al., IJCSE 17(3), 2018), and everything else
 # that memory limits is taken to do the same.
+# sending: NCCL reaches about 370 of the 450 GB/s of NVLink 4, the rest is its protocol's (NVIDIA/nccl-tests issue 212).
 # cpu: measured by tools/probe.py on one core of an AMD EPYC of the fourth generation, against the peaks that
 # hardware.detect derives from its clock and instructions, and against the bandwidth of a copy.
 USUAL: Mapping[str, Mapping[str, float]] = {
     "cuda": {"matmul": 0.8, "thin": 0.8, "attention": 0.5}
-    | dict.fromkeys(("elementwise", "curved", "random", "dequantize", "optimizer", "requantize"), 0.8),
+    | dict.fromkeys(("elementwise", "curved", "random", "dequantize", "optimizer", "requantize", "sending"), 0.8),
     "cpu": {"matmul": 0.9, "thin": 0.4, "attention": 0.3}
-    | {"elementwise": 0.8, "curved": 0.35, "random": 0.03, "dequantize": 0.6, "optimizer": 1.0, "requantize": 0.02},
+    | {
+        "elementwise": 0.8,
+        "curved": 0.35,
+        "random": 0.03,
+        "dequantize": 0.6,
+        "optimizer": 1.0,
+        "requantize": 0.02,
+        "sending": 0.8,
+    },
 }
 
 # cuda: 7 us for Python, dispatch and recording of an operator on a tensor that needs gradients (pytorch/pytorch issue
 # 41383), and about 3 us for the launch. cpu: measured by tools/probe.py on the machine above.
 CALL_SECONDS: Mapping[str, float] = {"cuda": 10e-6, "cpu": 2e-6}
+INTERCONNECT = 15.75e9  # of GPUs whose profile states none: PCIe 3.0 with 16 lanes, each way
 VIEW = 0.3  # a view is dispatched and recorded, but nothing is allocated or launched

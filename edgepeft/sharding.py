@@ -1,7 +1,11 @@
 """What one of several devices holds that share a model fully (FSDP2), from the surface of a single one.
 
-Under DDP there is nothing to work out: each device holds what one alone does, as gradients are added up where they are
-(``ranks.Ranks.sum``). What NCCL keeps for sending is in neither.
+Under DDP there is no memory to work out: each device holds what one alone does, as gradients are added up where they
+are (``ranks.Ranks.sum``). What NCCL keeps for sending is in neither.
+
+What is sent is that of ring algorithms (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69(2), 2009), in which every
+device sends as much as it receives: of n devices (n - 1) shares to put tensors together from their shares, as much to
+add them up into shares, and twice that to add them up everywhere.
 
 FSDP2 (``torch.distributed.fsdp.fully_shard``, PyTorch 2.13) is taken to wrap every layer and the root, as accelerate's
 transformer policy does, to reshard after forward, and to reduce the gradients of every microbatch. Each parameter is
@@ -67,6 +71,7 @@ class Inventory:
         weights, adapter, trained: (all, share) of the backbone's own, of what the method added, of what is trained.
         root, layer: of the parameters outside of layers, and of the largest layer, put together again from the shares;
             ``root_trained`` and ``layer_trained``: of those among them that are trained.
+        devices: how many there are.
         divisible: whether FSDP2 takes every parameter; it refuses scalars.
     """
 
@@ -77,6 +82,7 @@ class Inventory:
     layer: int
     root_trained: int
     layer_trained: int
+    devices: int
     divisible: bool
 
     @property
@@ -110,6 +116,7 @@ def inventory(units: Sequence[Unit], devices: int) -> Inventory:
         layer=gathered(largest.shapes),
         root_trained=gathered(each for each in root.shapes if each.trained),
         layer_trained=gathered(each for each in largest.shapes if each.trained),
+        devices=devices,
         divisible=all(each.rows for unit in units for each in unit.shapes),
     )
 
@@ -117,6 +124,12 @@ def inventory(units: Sequence[Unit], devices: int) -> Inventory:
 def share_bytes(shape: Shape, devices: int) -> int:
     """What the first of several devices holds of one such parameter, cut along its first dimension."""
     return -(-max(1, shape.rows) // devices) * shape.row_bytes
+
+
+def replicated(surface: Surface, devices: int) -> Surface:
+    """The surface of one device of several under DDP as edgepeft does it: gradients are added up once an update."""
+    _, held = surface.at(1, ("update",))
+    return replace(surface, sent={"update": 2 * (devices - 1) / devices * held["gradients"]})
 
 
 def sharded(surface: Surface, found: Inventory) -> Surface:
@@ -129,7 +142,10 @@ def sharded(surface: Surface, found: Inventory) -> Surface:
     if "update" in work:
         none, one = work["update"]
         work["update"] = (_scaled(none, found.share), _scaled(one, found.share))
-    return replace(surface, phases=phases, work=work)
+    # Forward and backward put everything together, but for the root, which is still there in backward.
+    gathered = 2 * (found.weights[1] + found.adapter[1]) - found.root / found.devices
+    sent = {"forward+backward": (found.devices - 1) * (gathered + found.trained[1])}
+    return replace(surface, phases=phases, work=work, sent=sent)
 
 
 def _cut(moment: Moment, found: Inventory, phase: str) -> Moment:

@@ -82,6 +82,7 @@ class Surface:
         saturated: the microbatch from which a loss computed in chunks fills a chunk; below, it needs less.
         work: what forward+backward of a microbatch and update do, by class of operator, at microbatch 0 and at
             microbatch 1; of a method with several stages, in the last.
+        sent: phase of ``work`` → bytes that one of several devices sends in it, and receives; see ``sharding``.
         overhead: what CUDA's caching allocator reserves over what is allocated: microbatch → quotient. Empty on a CPU.
     """
 
@@ -89,6 +90,7 @@ class Surface:
     saturated: int = 1
     work: Mapping[str, tuple[Mapping[str, Work], Mapping[str, Work]]] = field(default_factory=dict)
     overhead: Mapping[int, float] = field(default_factory=dict)
+    sent: Mapping[str, float] = field(default_factory=dict)
 
     def peaks(self, microbatch: int) -> dict[str, dict[str, int]]:
         """Phase → bytes by kind at its peak."""

@@ -73,6 +73,7 @@ def profile(each: Hardware) -> None:
         "bandwidth": each.bandwidth,
         **{f"flops.{kind}": value for kind, value in each.flops.items()},
         **{f"reached.{operation}": share for operation, share in each.reached.items()},
+        "interconnect": each.interconnect,
         "call_seconds": each.call_seconds,
         "watts": each.watts,
         "price": each.price,

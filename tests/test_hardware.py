@@ -33,7 +33,7 @@ def numbers(device: Hardware) -> set[str]:
     """The fields of ``device`` that need a source."""
     fields = {"memory_bytes", "reserved_bytes", "bandwidth", *(f"flops.{dtype}" for dtype in device.flops)}
     fields |= {f"reached.{operation}" for operation in device.reached}
-    optional = ("cores", "instructions", "call_seconds", "watts", "price")
+    optional = ("cores", "instructions", "interconnect", "call_seconds", "watts", "price")
     return fields | {name for name in optional if getattr(device, name)}
 
 

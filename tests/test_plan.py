@@ -371,6 +371,11 @@ def test_several_devices_share_a_global_batch_in_two_ways() -> None:
     assert four.updates == 10 and four.as_json()["devices"] == 4
     alike = small_plan(**values, devices=4, sharded=False)
     assert alike.candidates == (ddp,)
+    slow = small_plan(**values | {"hardware": replace(values["hardware"], interconnect=1e8)}, devices=4)
+    later_ddp, later_fsdp = sorted(slow.candidates, key=lambda each: each.strategy)
+    gathered, added = (4 - 1) / 4 * 2 * fsdp.bytes["weights"], 2 * (4 - 1) / 4 * ddp.bytes["gradients"]
+    assert later_ddp.update_seconds - ddp.update_seconds == pytest.approx(added / 0.8e8, rel=0.01)  # type: ignore[operator]
+    assert later_fsdp.update_seconds > gathered / 0.8e8  # type: ignore[operator]
 
 
 def test_the_objective_of_speed_takes_the_shortest_update() -> None:

@@ -50,6 +50,14 @@ def test_a_dtype_that_is_not_native_is_multiplied_in_fp32() -> None:
     assert seconds({"matmul.fp16": work}, t4) < seconds({"matmul.fp32": work}, t4)
 
 
+def test_what_is_sent_takes_the_interconnect_or_what_is_usual(gpu: Hardware) -> None:
+    gpu = replace(gpu, reached={"sending": 0.5})
+    assert roofline.sending_seconds(300e9, gpu) == pytest.approx(2.0)
+    assert roofline.sending_seconds(roofline.INTERCONNECT, replace(gpu, interconnect=None)) == pytest.approx(2.0)
+    cpu = replace(gpu, kind="cpu", interconnect=None)
+    assert roofline.sending_seconds(cpu.bandwidth, cpu) == pytest.approx(2.0)
+
+
 def test_work_in_between_is_affine() -> None:
     low, high = {"matmul.bf16": Work(2, 20, 200)}, {"matmul.bf16": Work(4, 40, 300), "view": Work(1, 0, 0)}
     assert roofline.along(low, high, 0.0) == low | {"view": Work(0, 0, 0)}

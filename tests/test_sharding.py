@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgepeft import extrapolate, precision, probe, sharding, units
 from edgepeft.backbone import Backbone
@@ -33,8 +35,19 @@ def mesh() -> Iterator[dist.device_mesh.DeviceMesh]:
     dist.destroy_process_group()
 
 
-def tracked(wanted: Configuration, mesh: dist.device_mesh.DeviceMesh) -> tuple[int, dict[str, int]]:
-    """Peak of forward and backward with optimizer states, and what is held afterwards, as FSDP2's tracker sees it."""
+class Sent(TorchDispatchMode):
+    """Bytes that a device sends to gather tensors from shares and to add them up into shares."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.c10d._allgather_base_.default, torch.ops.c10d._reduce_scatter_base_.default):
+            self.bytes += (DEVICES - 1) * min(args[0].nbytes, args[1].nbytes)
+        return func(*args, **(kwargs or {}))
+
+
+def tracked(wanted: Configuration, mesh: dist.device_mesh.DeviceMesh) -> tuple[int, dict[str, int], int]:
+    """Peak of forward and backward with optimizer states, what is held afterwards, and what is sent, as FSDP2 does."""
     with precision.emulating(bf16=wanted.bf16), FakeTensorMode():
         method = base.create(wanted.method, wanted.options)
         backbone: Backbone = probe._skeleton(wanted.model, wanted.task, wanted.precision, method.pack)
@@ -54,10 +67,12 @@ def tracked(wanted: Configuration, mesh: dist.device_mesh.DeviceMesh) -> tuple[i
             optimizer.step()
             optimizer.zero_grad()
             tracker.reset_mod_stats()
-            step.backward([batch], 1e-3)
+            with Sent() as sent:
+                step.backward([batch], 1e-3)
             held = tracker.get_tracker_snapshot("current")[torch.device("cpu")]
         stats = next(each for each in tracker.memory_tracking.values() if "." not in each.mod_fqn)
-        return stats.local_peak[torch.device("cpu")], {str(kind).split(".")[-1]: size for kind, size in held.items()}
+        kinds = {str(kind).split(".")[-1]: size for kind, size in held.items()}
+        return stats.local_peak[torch.device("cpu")], kinds, sent.bytes
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -65,7 +80,8 @@ def test_a_share_is_what_fsdp_holds(method: str, mesh: dist.device_mesh.DeviceMe
     wanted = configuration(method, "fp32", model=MODEL, bf16=False)
     found = sharding.inventory(units.of(wanted), DEVICES)
     surface = sharding.sharded(extrapolate.surface(wanted), found)
-    peak, held = tracked(wanted, mesh)
+    peak, held, sent = tracked(wanted, mesh)
+    assert surface.sent["forward+backward"] == pytest.approx(sent, rel=0.001)
     assert held["SHARDED_PARAM"] == found.weights[1] + found.adapter[1]
     assert held["SHARDED_GRAD"] == found.trained[1]
     assert held["OPT"] == pytest.approx(2 * found.trained[1], rel=0.01)  # and a counter for each tensor
