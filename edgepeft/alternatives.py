@@ -43,15 +43,15 @@ class Alternative:
 
 
 def find(
-    failed: Plan, again: Again, *, tokens: int, method: str | None, precision: str | None, settings: Sequence[str] = ()
+    failed: Plan, again: Again, *, tokens: int, method: str | None, precision: str | None
 ) -> tuple[Alternative, ...]:
     """All kinds of changes that help, each alone.
 
     Args:
         again: plans anew with changed arguments of ``planning.plan_model``.
-        tokens, method, precision, settings: what was asked for.
+        tokens, method, precision: what was asked for.
     """
-    ways = [*_smaller(again, method, precision), *_narrower(failed, again, method, settings)]
+    ways = [*_smaller(again, method, precision), *_narrower(failed, again, method)]
     ways += _shorter(failed, again, tokens, method)
     return (*ways, *_more(failed, again, method), *_larger(failed))
 
@@ -79,7 +79,7 @@ def _smaller(again: Again, method: str | None, precision: str | None) -> Iterato
             yield _alternative(change, found.chosen(), text)
 
 
-def _narrower(failed: Plan, again: Again, method: str | None, settings: Sequence[str]) -> Iterator[Alternative]:
+def _narrower(failed: Plan, again: Again, method: str | None) -> Iterator[Alternative]:
     """A smaller rank or width of the method that was asked for, where what it trains is what does not fit."""
     least = failed.least
     rest = sum(size for kind, size in least.bytes.items() if kind not in TRAINED)
@@ -87,10 +87,7 @@ def _narrower(failed: Plan, again: Again, method: str | None, settings: Sequence
         return
     from edgepeft.methods import base
 
-    values: dict[str, Any] = {}
-    for setting in settings:
-        recipe.assign(values, setting)
-    made = base.create(least.method, values.get("options"))
+    made = base.create(least.method, least.options)
     for name, factor in WIDTHS.items():
         value = next((getattr(made, each.name) for each in fields(made) if each.name == name), 0)
         for _ in range(HALVINGS):
@@ -98,7 +95,8 @@ def _narrower(failed: Plan, again: Again, method: str | None, settings: Sequence
             if value < 1:
                 break
             setting = f"options.{name}={value}"
-            change = {"precision": least.precision, "settings": [*settings, setting]}
+            others = [recipe.assignment(f"options.{key}", held) for key, held in least.options.items() if key != name]
+            change = {"precision": least.precision, "settings": [*others, setting]}
             found = _planned(again, **change)
             if found is not None:
                 yield _alternative(change, found.chosen(), f"--set {setting} with {method} on {_chosen(found)}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from edgepeft import roofline
 from edgepeft.hardware import Hardware
@@ -21,6 +22,7 @@ class Candidate:
     """One configuration: the largest microbatch that fits, or microbatch 1 when none does, and its peak.
 
     Attributes:
+        options: hyper-parameters of the method that are not its defaults.
         verdict: FITS, TIGHT (into the margin) or NO.
         peak_bytes: of tensors, in the phase that needs most; ``phase`` says which. ``bytes`` is it by kind.
         reserved_bytes: what the allocator holds for them; ``process_bytes``: with what the process needs besides.
@@ -30,6 +32,7 @@ class Candidate:
     """
 
     method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
     precision: str
     microbatch: int
     checkpointing: bool
@@ -102,6 +105,7 @@ def of(
     seconds = None if verdict == "NO" else _update_seconds(traced, hardware, size, global_batch)
     return Candidate(
         method=configuration.method,
+        options=configuration.options,
         precision=configuration.precision,
         microbatch=size,
         checkpointing=configuration.checkpointing,

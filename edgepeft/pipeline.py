@@ -327,7 +327,7 @@ class _Job:
             labels=len(self.data.labels) or 2,
             global_batch=recipe.global_batch,
             methods=[recipe.method] if recipe.method else None,
-            options=recipe.options if recipe.method else None,
+            options=[recipe.options if recipe.method else {}],
             precisions=[recipe.precision] if recipe.precision else None,
             checkpointing=recipe.checkpointing,
             optimizer=recipe.optimizer,

@@ -1,4 +1,4 @@
-"""Search precision × method × optimizer × checkpointing × microbatch for what fits a device, and choose."""
+"""Search precision × method × options × optimizer × checkpointing × microbatch for what fits a device, and choose."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def plan(
     labels: int = 2,
     global_batch: int = 16,
     methods: Sequence[str] | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Sequence[Mapping[str, Any]] = ({},),
     precisions: Sequence[str] | None = None,
     checkpointing: bool | None = None,
     optimizer: str | None = None,
@@ -153,6 +153,7 @@ def plan(
         name: how the user calls the model; ``model``: its configuration as plain data.
         tokens: longest sequence; ``target_tokens``: longest target (seq2seq).
         methods, precisions, checkpointing, microbatch: narrow the search to these.
+        options: values of the methods' hyper-parameters that are tried, those that are wanted most first.
         optimizer: one of ``surface.OPTIMIZERS``; AdamW when not given, in 8 bits where nothing else fits well.
         accumulates: whether an update may take several microbatches.
         first: trace in the order of preference and stop at the first that fits comfortably: the same choice, sooner.
@@ -169,7 +170,7 @@ def plan(
             model=model,
             task=task,
             method=method,
-            options=options or {},
+            options=variant,
             precision=at,
             checkpointing=again,
             microbatch=1,
@@ -184,6 +185,7 @@ def plan(
         for method in (methods or PREFERRED)
         for at in (precisions or default_precisions(hardware))
         if not (traces.traits(method).writes_backbone and at in PACKED)
+        for variant in options
         for again in ([checkpointing] if checkpointing is not None else [False, True])
         if not again or traces.traits(method).backpropagates
         if optimizer in (None, ADAMW) or not traces.traits(method).updates_in_backward
@@ -191,13 +193,13 @@ def plan(
     if not wanted:  # the precision, the checkpointing or the optimizer that was asked for is one the method refuses
         from edgepeft.methods import base
 
-        for method in methods or ():
+        for made in (base.create(method, variant) for method in methods or () for variant in options):
             for at in precisions or ():
-                base.create(method, options).check(at)
+                made.check(at)
             if checkpointing:
-                base.create(method, options).check_checkpointing()
+                made.check_checkpointing()
             if optimizer is not None:
-                base.create(method, options).check_optimizer(optimizer)
+                made.check_optimizer(optimizer)
         raise UsageError("There is nothing to plan.", "No method and precision of those asked for go together.", "")
     wanted.sort(key=lambda configuration: _preference(configuration, hardware))
     candidates: list[Candidate] = []
@@ -237,7 +239,7 @@ def plan(
         from edgepeft.methods import base
 
         for method in methods or ():
-            base.create(method, options).check_devices(devices)
+            base.create(method, options[0]).check_devices(devices)
     for method in {each.method for each in candidates}:  # refused on other precisions only
         excluded.pop(method, None)
     candidates.sort(key=lambda candidate: _rank(candidate, global_batch // devices, hardware, objective))
@@ -300,8 +302,10 @@ def _gains(wanted: Configuration, candidates: Sequence[Candidate], hardware: Har
     """Whether states in 8 bits would save a good part of what it takes, and enough of it to fit."""
     if traces.traits(wanted.method).updates_in_backward:
         return False
-    same = (wanted.method, wanted.precision, wanted.checkpointing)
-    for each in (each for each in candidates if (each.method, each.precision, each.checkpointing) == same):
+    same = (wanted.method, wanted.options, wanted.precision, wanted.checkpointing)
+    for each in candidates:
+        if (each.method, each.options, each.precision, each.checkpointing) != same:
+            continue
         saved = round(SAVED * each.bytes["optimizer"])
         enough = needed_bytes(each.reserved_bytes - saved, hardware) <= hardware.available_bytes
         if enough and saved >= WORTH * each.reserved_bytes and not (fixed and each.verdict == "FITS"):

@@ -115,7 +115,7 @@ def plan(
         if found.choice is not None:
             tables.say(f"The recipe is for what `edgepeft run` does, which is DDP: {found.why}")
     if recipe is not None and found.choice is not None:
-        chosen = planning.recipe(found, data or "data.jsonl", seq_len, target_len, global_batch, settings or [], epochs)
+        chosen = planning.recipe(found, data or "data.jsonl", seq_len, target_len, global_batch, epochs)
         recipes.write(chosen, recipe)
     ways: tuple[alternatives.Alternative, ...] = ()
     if found.choice is None:
@@ -126,9 +126,7 @@ def plan(
             fact = f"{model} fits {found.machine} by FSDP only, which `edgepeft run` does not do."
         tables.say(f"{short} Looking for what would ...")
         tokens = seq_len or planning.DEFAULT_TOKENS
-        ways = alternatives.find(
-            found, again, tokens=tokens, method=method, precision=precision, settings=settings or []
-        )
+        ways = alternatives.find(found, again, tokens=tokens, method=method, precision=precision)
         if not as_json:
             raise EdgePeftError(fact, cause, alternatives.remedy(ways))
     if as_json:

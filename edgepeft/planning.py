@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -55,7 +56,7 @@ def plan_model(
         model: a folder, a GGUF file, a catalogue name or a hub id.
         method: a name, an alias, a dotted path, or ``all``, each of which is planned in no further precision after
             one that fits well; those of ``plan.PREFERRED``, in all precisions, when not given.
-        settings: ``options.NAME=VALUE`` of the method.
+        settings: ``options.NAME=VALUE`` of the method; values of one that is named again are all tried.
         optimizer: AdamW when not given, and AdamW in 8 bits where nothing else fits well.
         devices: how many of the device share the work; ``sharded``: whether by FSDP too.
         first: stop at the first candidate that fits comfortably.
@@ -74,16 +75,15 @@ def plan_model(
             raise UsageError(f"plan: --{flag} {count} must be positive.", "", "")
     check_devices(devices, device)
     recipes.check_shared(global_batch or DEFAULT_GLOBAL_BATCH, devices)
-    values = _options(settings, method)
-    methods, implied = _methods(method, values.get("options", {}))
+    options = _options(settings, method)
+    methods, implied = _methods(method, options)
     if precision is not None and implied is not None and precision != implied:
         raise UsageError(
             f"{method} means {implied}, not {precision}.", "", "Leave --precision out, or name the method itself."
         )
     fields, usual = _model(model, trust_remote_code)
-    left = positions_left(
-        model, positions(fields), method, _taken(method, values.get("options", {}), tokens, fields), tokens
-    )
+    taken = max(_taken(method, each, tokens, fields) for each in options)
+    left = positions_left(model, positions(fields), method, taken, tokens)
     at = precision or implied
     return plan(
         name=model,
@@ -94,7 +94,7 @@ def plan_model(
         target_tokens=target_tokens or DEFAULT_TARGET_TOKENS,
         global_batch=global_batch or DEFAULT_GLOBAL_BATCH,
         methods=methods,
-        options=values.get("options"),
+        options=options,
         precisions=[at] if at else None,
         optimizer=optimizer,
         objective=objective,
@@ -143,14 +143,12 @@ def recipe(
     tokens: int | None,
     target_tokens: int | None,
     global_batch: int | None,
-    settings: Sequence[str],
     epochs: float | None = None,
 ) -> Recipe:
     """The plan's choice as a recipe that ``edgepeft run --recipe`` takes.
 
     Args:
         data: what to train on.
-        settings: the ``--set`` that the plan was made with.
     """
     chosen = found.chosen()
     global_batch = global_batch or DEFAULT_GLOBAL_BATCH
@@ -169,37 +167,48 @@ def recipe(
         "max_target_tokens": target_tokens,
         "task": found.task,
         "epochs": epochs,
+        "options": dict(chosen.options),
     }
-    for setting in settings:
-        recipes.assign(values, setting)
     return recipes.create({name: value for name, value in values.items() if value is not None})
 
 
-def _options(settings: Sequence[str], method: str | None) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def _options(settings: Sequence[str], method: str | None) -> list[dict[str, Any]]:
+    """The options of each variant that is to be planned: all combinations of the values that are given."""
+    given: dict[str, list[str]] = {}
     for setting in settings:
-        recipes.assign(values, setting)
+        given.setdefault(setting.partition("=")[0].strip(), []).append(setting)
+    found = []
+    for combined in itertools.product(*given.values()):
+        values: dict[str, Any] = {}
+        for setting in combined:
+            recipes.assign(values, setting)
+        _check_options(values, method)
+        found.append(values.get("options", {}))
+    return found
+
+
+def _check_options(values: Mapping[str, Any], method: str | None) -> None:
     if values.keys() - {"options"} or (values and method in (None, ALL)):
         raise UsageError(
             "plan: --set takes options of a method, with --method.",
             "",
             "For example: --method lora --set options.rank=16",
         )
-    return values
 
 
-def _methods(method: str | None, options: Mapping[str, Any]) -> tuple[list[str] | None, str | None]:
+def _methods(method: str | None, options: Sequence[Mapping[str, Any]]) -> tuple[list[str] | None, str | None]:
     """The methods to plan, and the precision that an alias implies."""
     if method is None:
         return None, None
     known = traces.named(method)
-    if known is not None and not options:
+    if known is not None and not any(options):
         return [known[0]], known[1]
     from edgepeft.methods import base
 
     if method == ALL:
         return base.names(), None
-    return [base.create(method, options).name], base.implied_precision(method)
+    made = [base.create(method, each) for each in options]  # all of them: a value may be one that it refuses
+    return [made[0].name], base.implied_precision(method)
 
 
 def _taken(method: str | None, options: Mapping[str, Any], tokens: int | None, fields: Mapping[str, Any]) -> int:

@@ -188,6 +188,11 @@ def assign(values: dict[str, Any], setting: str) -> None:
     values[leaf] = value
 
 
+def assignment(key: str, value: Any) -> str:
+    """What ``assign`` takes to set ``key``."""
+    return f"{key}={_toml(value)}"
+
+
 def write(recipe: Recipe, path: Path) -> None:
     """Write recipe.toml."""
     write_text(path, dumps(recipe))

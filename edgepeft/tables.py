@@ -257,8 +257,9 @@ def _cell(found: Mapping[str, Any], method: str) -> Text:
 
 
 def _named(each: Candidate) -> str:
-    """Its method, with the optimizer where that is not the usual one."""
-    return each.method if each.optimizer == ADAMW else f"{each.method}, {each.optimizer}"
+    """Its method, with what of it is not the default, and the optimizer where that is not the usual one."""
+    options = [f"{name}={value}" for name, value in each.options.items()]
+    return ", ".join([each.method, *options, *([] if each.optimizer == ADAMW else [each.optimizer])])
 
 
 def _times(found: Plan, candidate: Candidate) -> tuple[str, str, str]:

@@ -93,7 +93,6 @@ def test_a_narrower_adapter_is_proposed_where_it_fits(again: Callable[..., Plan]
         tokens=32,
         method="lora",
         precision="bf16",
-        settings=["options.rank=256"],
     )
     assert "--set options.rank=128 with lora on bf16" in alternatives.remedy(found)
 

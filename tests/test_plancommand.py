@@ -93,6 +93,23 @@ def test_the_recipe_of_several_gpus_is_one_that_can_be_run(tiny: Path, tmp_path:
     schedule.check(made, base.create("lora"))
 
 
+def test_values_of_an_option_that_is_named_again_are_all_tried(tiny: Path, tmp_path: Path) -> None:
+    """The one that is wanted most first; the recipe has that which is chosen."""
+    written = tmp_path / "recipe.toml"
+    widths = [each for rank in (32, 4) for each in ("--set", f"options.rank={rank}")]
+    asked = ["--model", str(tiny), "--gpu", "a100-40gb", "--method", "lora", "--precision", "bf16", *widths]
+    found = json.loads(plan(*asked, "--set", "options.ratio=16.0", "--json").stdout)
+    tried = [each["options"] for each in found["candidates"] if not each["checkpointing"]]
+    assert tried == [{"rank": 32, "ratio": 16.0}, {"rank": 4, "ratio": 16.0}]
+    wide, narrow = (each["bytes"]["adapter"] for each in found["candidates"] if not each["checkpointing"])
+    assert wide == pytest.approx(8 * narrow, rel=0.05)
+    shown = plan(*asked, "--objective", "memory", "--recipe", str(written)).stdout
+    assert "lora, rank=32" in shown and "lora, rank=4" in shown
+    assert recipe.create(recipe.read(written)).options == {"rank": 4}
+    with pytest.raises(UsageError, match="rank = 0"):
+        plan(*asked, "--set", "options.rank=0")
+
+
 def test_no_recipe_is_written_where_only_fsdp_fits(tmp_path: Path) -> None:
     """Full tuning of 2.1 thousand million parameters in fp32 on GPUs of 16 GB."""
     shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 16}

@@ -109,6 +109,7 @@ def _candidate(candidate: Record, chosen: bool, scale: float, available: int | N
     cells = [
         join(
             candidate["method"],
+            *(f", {name}={value}" for name, value in (candidate.get("options") or {}).items()),
             f", {EIGHT_BIT}" if candidate.get("optimizer") == EIGHT_BIT else None,
             tag("b", " chosen") if chosen else None,
         ),
