@@ -242,28 +242,26 @@ def _growing_loss(recording: Recording) -> Iterator[None]:
 
 
 def _merge(configuration: Configuration, backbone: Backbone, method: Method, found: Recording) -> None:
-    """What ``merge.merge`` and the exporter do to a trained model before they write or export it."""
+    """What ``merge.merge`` and the exporter do to a trained model before they write or export it.
+
+    The logits that a merge compares are those of several batches, of a GPU's kept on the host. All but the first are
+    made without running the model: it would hold no more than then, or when it is evaluated.
+    """
     model = backbone.model
     batch = example_batch(configuration)
     to_full_precision(model)
     _note(found, "kept")
-    kept = _logits(configuration, model, batch)
+    first = sample_logits(model, [batch], bounded=True)
+    alike = [] if configuration.cuda else first
+    kept = [torch.empty_like(logits) for logits in alike for _ in range(COMPARED - 1)]
     if method.merges:
         _note(found, "merge")
         with contextlib.suppress(NotMergeable):  # found out only by trying: the model is then exported as it is
             method.merge(model)
         _note(found, "kept")
-        kept += _logits(configuration, model, batch)
+        kept += [torch.empty_like(logits) for logits in alike for _ in range(COMPARED)]
     _note(found, "totals")
     totals(model, [batch])
-
-
-def _logits(configuration: Configuration, model: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The logits that a merge compares; those of the other batches are made without running the model again."""
-    found = sample_logits(model, [batch], bounded=True)
-    if configuration.cuda:
-        return []  # they are kept on the host
-    return found + [torch.empty_like(logits) for logits in found for _ in range(COMPARED - 1)]
 
 
 @contextlib.contextmanager
