@@ -27,6 +27,7 @@ class Candidate:
         peak_bytes: of tensors, in the phase that needs most; ``phase`` says which. ``bytes`` is it by kind.
         reserved_bytes: what the allocator holds for them; ``process_bytes``: with what the process needs besides.
         phases: every phase → bytes of tensors at its peak; those after training are ``merge``.
+        merge_bytes: of merging at the microbatch that an update is made of, which may be a smaller one.
         update_seconds: estimated time of an update of the global batch, all sequences at full length; None where it
             does not fit. ``tokens_per_second``: the (source) tokens that go through it meanwhile.
     """
@@ -45,6 +46,7 @@ class Candidate:
     phase: str
     bytes: Mapping[str, int]
     phases: Mapping[str, int]
+    merge_bytes: int = 0
     update_seconds: float | None = None
     tokens_per_second: float | None = None
     ample: bool = False
@@ -118,6 +120,7 @@ def of(
         phase=phase,
         bytes=kinds,
         phases={name: sum(held.values()) for name, held in traced.peaks(size).items()},
+        merge_bytes=sum(traced.peaks(usable_microbatch(size, global_batch)).get("merge", {}).values()),
         update_seconds=seconds,
         tokens_per_second=None if seconds is None else devices * global_batch * configuration.tokens / seconds,
         ample=ample,

@@ -87,10 +87,10 @@ def _surface(
     phases = {}
     for phase, low in traced[0].items():
         less = _less(low, single[phase]) if single else {}
-        found = {
-            tuple((high + grown * slope).ravel()): less.get(segment, 0.0)
-            for segment, high, slope in _moments(low, traced[-1][phase])
-        }
+        found: dict[tuple[float, ...], float] = {}
+        for segment, high, slope in _moments(low, traced[-1][phase]):
+            held, spared = tuple((high + grown * slope).ravel()), less.get(segment, 0.0)
+            found[held] = min(spared, found.get(held, spared))
         moments = [Moment(v[: len(KINDS)], v[len(KINDS) :], cut) for v, cut in found.items()]
         phases[phase] = tuple(_needed(moments, saturated))
     place = (full - depths[0]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
@@ -113,7 +113,10 @@ def _work(
 
 
 def _moments(low: Timeline, high: Timeline) -> Iterator[tuple[tuple[Any, ...], Array, Array]]:
-    """The moments that can be a peak: segment, bytes in the deeper trace, and what they are above the shallower."""
+    """The moments that can be a peak: bytes in the deeper trace, and what they are above those in the shallower.
+
+    Each with the segment of the shallower trace that it is in, or is like.
+    """
     for segment, whole in high.segments.items():
         what, stack, layer, occurrence = segment
         # A second or last but one layer is not in the shallower trace. It grows as its neighbour at the end does.
@@ -130,7 +133,7 @@ def _moments(low: Timeline, high: Timeline) -> Iterator[tuple[tuple[Any, ...], A
                 slopes = (high.bytes[high.most(*b, size)] - low.bytes[low.most(*a, size)] for a, b in pairs)
                 most = max(slopes, key=lambda slope: float(slope[0].sum() + size * slope[1].sum()))
                 at = high.most(*(part if like == segment else whole), size)
-                yield segment, high.bytes[at], most
+                yield like, high.bytes[at], most
 
 
 def _parts(low: Array, high: Array, one: Span, other: Span) -> Iterator[tuple[Span, list[tuple[Span, Span]]]]:

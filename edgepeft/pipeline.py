@@ -16,6 +16,7 @@ from edgepeft import adapter, backbone, bring, counts, data, deploy, ledger, mac
 from edgepeft import merge as merging
 from edgepeft import recipe as recipes
 from edgepeft import train as training
+from edgepeft.aside import device_after
 from edgepeft.backbone import Backbone, Source
 from edgepeft.candidate import usable_microbatch
 from edgepeft.catalog.fields import positions_left
@@ -75,6 +76,7 @@ class _Job:
         self.space, self.say = Workspace(out), say
         devices = 1 if self.space.adapter.exists() else wanted.devices  # only training takes several
         self.hardware = usable(load_hardware(wanted.hardware), devices)
+        self.device: str = self.hardware.kind  # on which models are loaded
         wanted = self.space.adopt(wanted)
         if wanted.optimizer == EIGHT_BIT:
             eight_bit.check(self.hardware.kind)
@@ -124,9 +126,7 @@ class _Job:
         found = self._plan(recipe, recipe.microbatch, accumulates=recipe.microbatch != share)
         chosen = found.chosen()
         method = base.find(chosen.method)
-        size = recipe.microbatch
-        if size is None:
-            size = usable_microbatch(chosen.microbatch, share)
+        size = recipe.microbatch or usable_microbatch(chosen.microbatch, share)
         if method.updates_in_backward and recipe.microbatch is None and size != recipe.global_batch:
             schedule.check(dataclasses.replace(recipe, microbatch=size), base.create(chosen.method, recipe.options))
         self.recipe = dataclasses.replace(
@@ -232,6 +232,7 @@ class _Job:
         if self.space.done("merge", inputs):
             self.say("merge: done before")
             return
+        self.device = device_after("merge", self.hardware, self._planned(), self.say)
         if not method.merges:
             self._beside()
             self.space.finish("merge", inputs)
@@ -267,14 +268,14 @@ class _Job:
         if self.space.done("export", inputs) and self.space.device.exists():
             self.say("export: done before")
             return
+        self.device = device_after("export", self.hardware, self._planned(), self.say)
         deploy.deploy(self._whole, self.recipe, self.data, self.tokenizer, self.space, self.say)
         self._note_memory({})
         self.space.finish("export", inputs)
 
     def _note_memory(self, found: dict[str, Any]) -> None:
         """Put what was measured beside what was predicted; nothing was of an adapter that was trained elsewhere."""
-        if self.space.plan.exists():
-            planned = self._planned()
+        if planned := self._planned():
             if self.hardware.kind == "cpu":  # where what was predicted of the process is with merging and exporting
                 before = planned.get("measured_process_bytes", 0)
                 found["measured_process_bytes"] = max(before, machine.peak_resident_bytes())
@@ -355,15 +356,15 @@ class _Job:
         }
 
     def _planned(self) -> dict[str, Any]:
-        planned: dict[str, Any] = json.loads(self.space.plan.read_text(encoding="utf-8"))
-        return planned
+        """What plan.json holds; nothing of an adapter that was trained elsewhere."""
+        return json.loads(self.space.plan.read_text(encoding="utf-8")) if self.space.plan.exists() else {}
 
     def _load(self, at: str, pack: backbone.Packing | None = None) -> Backbone:
         return backbone.load(
             self.source,
             task=self.data.task,
             at=at,
-            device=self.hardware.kind,
+            device=self.device,
             labels=self.data.labels or None,
             seed=self.recipe.seed,
             padding=pad_id(self.tokenizer),

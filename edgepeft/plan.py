@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from edgepeft import aside, evidence, roofline, sharding, traces
 from edgepeft import candidate as on_device
-from edgepeft import evidence, roofline, sharding, traces
 from edgepeft import hardware as profiles
 from edgepeft.candidate import DDP, FSDP, Candidate, needed_bytes
 from edgepeft.errors import EdgePeftError, UsageError
@@ -250,7 +250,7 @@ def plan(
         task=task,
         candidates=tuple(candidates),
         choice=choice,
-        why="" if choice is None else _why(candidates, hardware, objective) + _afterwards(candidates[0].method),
+        why="" if choice is None else _why(candidates, hardware, objective) + _afterwards(candidates[0], hardware),
         excluded=excluded,
         updates=None if examples is None else math.ceil(epochs * math.ceil(examples / global_batch)),
         times=TIMES if devices == 1 else f"{TIMES} {APART}",
@@ -323,9 +323,13 @@ def _preference(wanted: Candidate | Configuration, hardware: Hardware) -> tuple[
     )
 
 
-def _afterwards(method: str) -> str:
-    obstacle = traces.traits(method).unexportable
-    return f" It can be trained, but not exported to ONNX. {obstacle}" if obstacle else ""
+def _afterwards(best: Candidate, hardware: Hardware) -> str:
+    obstacle = traces.traits(best.method).unexportable
+    said = f" It can be trained, but not exported to ONNX. {obstacle}" if obstacle else ""
+    if aside.leaves(hardware, best.merge_bytes):
+        need = best.merge_bytes / GiB
+        said += f" Merging it takes {need:.1f} GiB in fp32, which is done in the computer's own memory."
+    return said
 
 
 def _why(candidates: Sequence[Candidate], hardware: Hardware, objective: str) -> str:

@@ -358,26 +358,6 @@ def test_many_methods_are_planned_in_further_precisions_only_where_they_do_not_f
     assert len(small_plan(**both, sparing=True, hardware=none).candidates) == 4
 
 
-def test_several_devices_share_a_global_batch_in_two_ways() -> None:
-    values = {"hardware": hardware.load("a100-40gb"), "microbatch": 4}
-    one, four = small_plan(**values), small_plan(**values, devices=4, examples=160)
-    assert {each.strategy for each in four.candidates} == {"ddp", "fsdp"}
-    alone = one.chosen()
-    ddp, fsdp = sorted(four.candidates, key=lambda each: each.strategy)
-    assert ddp.bytes == alone.bytes and fsdp.bytes["weights"] < alone.bytes["weights"]
-    assert ddp.update_seconds is not None and alone.update_seconds is not None
-    assert ddp.update_seconds < alone.update_seconds  # a quarter of the microbatches, and the same update
-    assert "`edgepeft run` does DDP" in four.times and "`edgepeft run`" not in one.times
-    assert four.updates == 10 and four.as_json()["devices"] == 4
-    alike = small_plan(**values, devices=4, sharded=False)
-    assert alike.candidates == (ddp,)
-    slow = small_plan(**values | {"hardware": replace(values["hardware"], interconnect=1e8)}, devices=4)
-    later_ddp, later_fsdp = sorted(slow.candidates, key=lambda each: each.strategy)
-    gathered, added = (4 - 1) / 4 * 2 * fsdp.bytes["weights"], 2 * (4 - 1) / 4 * ddp.bytes["gradients"]
-    assert later_ddp.update_seconds - ddp.update_seconds == pytest.approx(added / 0.8e8, rel=0.01)  # type: ignore[operator]
-    assert later_fsdp.update_seconds > gathered / 0.8e8  # type: ignore[operator]
-
-
 def test_the_objective_of_speed_takes_the_shortest_update() -> None:
     found = small_plan(methods=["lora", "ln_tuning"], objective="speed")
     times = {each.method: each.update_seconds for each in found.candidates}

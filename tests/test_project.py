@@ -30,7 +30,7 @@ FLOORS = (
         "evidence",
         "flags",
     },
-    {"backbone", "anatomy", "data", "runtime", "cross_entropy", "divergence", "roofline", "surface", "ranks"},
+    {"aside", "backbone", "anatomy", "data", "runtime", "cross_entropy", "divergence", "roofline", "surface", "ranks"},
     {"methods", "foreign", "placements", "stage", "step"},
     {
         "recipe",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_plan import LLAMA, configuration
+from test_plan import LLAMA, configuration, small_plan
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edgepeft import extrapolate, precision, probe, sharding, units
+from edgepeft import extrapolate, hardware, precision, probe, sharding, units
 from edgepeft.backbone import Backbone
 from edgepeft.methods import base
 from edgepeft.step import TrainingStep
@@ -26,6 +27,11 @@ from edgepeft.surface import Configuration
 
 DEVICES = 3  # divides no dimension of the model: every share is padded
 MODEL = {**LLAMA, "hidden_size": 200, "head_dim": 50, "intermediate_size": 500, "vocab_size": 1001}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPEFT_CACHE", str(tmp_path_factory.getbasetemp() / "traces"))
 
 
 @pytest.fixture
@@ -111,3 +117,23 @@ def test_units_of_the_whole_depth_follow_from_shallow_models_and_survive_their_f
     inventory = sharding.inventory(found, DEVICES)
     assert inventory.weights[0] == sum(named[name].nbytes for name in own & named.keys())
     assert inventory.trained[0] == sum(p.nbytes for p in named.values() if p.requires_grad)
+
+
+def test_several_devices_share_a_global_batch_in_two_ways() -> None:
+    values = {"hardware": hardware.load("a100-40gb"), "microbatch": 4}
+    one, four = small_plan(**values), small_plan(**values, devices=4, examples=160)
+    assert {each.strategy for each in four.candidates} == {"ddp", "fsdp"}
+    alone = one.chosen()
+    ddp, fsdp = sorted(four.candidates, key=lambda each: each.strategy)
+    assert ddp.bytes == alone.bytes and fsdp.bytes["weights"] < alone.bytes["weights"]
+    assert ddp.update_seconds is not None and alone.update_seconds is not None
+    assert ddp.update_seconds < alone.update_seconds  # a quarter of the microbatches, and the same update
+    assert "`edgepeft run` does DDP" in four.times and "`edgepeft run`" not in one.times
+    assert four.updates == 10 and four.as_json()["devices"] == 4
+    alike = small_plan(**values, devices=4, sharded=False)
+    assert alike.candidates == (ddp,)
+    slow = small_plan(**values | {"hardware": replace(values["hardware"], interconnect=1e8)}, devices=4)
+    later_ddp, later_fsdp = sorted(slow.candidates, key=lambda each: each.strategy)
+    gathered, added = (4 - 1) / 4 * 2 * fsdp.bytes["weights"], 2 * (4 - 1) / 4 * ddp.bytes["gradients"]
+    assert later_ddp.update_seconds - ddp.update_seconds == pytest.approx(added / 0.8e8, rel=0.01)  # type: ignore[operator]
+    assert later_fsdp.update_seconds > gathered / 0.8e8  # type: ignore[operator]
