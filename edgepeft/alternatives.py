@@ -51,7 +51,7 @@ def find(
         again: plans anew with changed arguments of ``planning.plan_model``.
         tokens, method, precision: what was asked for.
     """
-    ways = [*_smaller(again, method, precision), *_narrower(failed, again, method)]
+    ways = [*_partly(failed, again), *_smaller(again, method, precision), *_narrower(failed, again, method)]
     ways += _shorter(failed, again, tokens, method)
     return (*ways, *_more(failed, again, method), *_larger(failed))
 
@@ -61,6 +61,16 @@ def remedy(ways: Sequence[Alternative]) -> str:
     if ways:
         return f"What would: {'; '.join(way.text for way in ways)}."
     return "A smaller model needs less. No profile has as much memory as this one takes."
+
+
+def _partly(failed: Plan, again: Again) -> Iterator[Alternative]:
+    """Training alone, where that is less than merging and exporting."""
+    change = {"whole": False}
+    found = _planned(again, **change) if failed.hardware.kind == "cpu" else None
+    if found is not None:
+        chosen = found.chosen()
+        text = f"`edgepeft train` alone with {chosen.method} on {_chosen(found)}, merged and exported elsewhere"
+        yield _alternative(change, chosen, text)
 
 
 def _smaller(again: Again, method: str | None, precision: str | None) -> Iterator[Alternative]:

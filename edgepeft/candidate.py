@@ -66,9 +66,13 @@ def needed_bytes(reserved_bytes: int, hardware: Hardware) -> int:
     return reserved_bytes + CPU_PROCESS_BYTES if hardware.kind == "cpu" else reserved_bytes
 
 
-def counted(hardware: Hardware) -> Sequence[str]:
-    """The phases that must fit the device: all of them on a CPU; on a GPU, what follows training may be left out."""
-    return TRAINING if hardware.kind == "cuda" else (*TRAINING, *AFTERWARDS)
+def counted(hardware: Hardware, whole: bool) -> Sequence[str]:
+    """The phases that must fit the device: on a GPU those of training, as what follows may be done beside it.
+
+    Args:
+        whole: whether what follows training is done here.
+    """
+    return TRAINING if hardware.kind == "cuda" or not whole else (*TRAINING, *AFTERWARDS)
 
 
 def of(
@@ -79,9 +83,10 @@ def of(
     global_batch: int,
     devices: int,
     strategy: str,
+    whole: bool,
 ) -> Candidate:
     """The candidate of one device, which has ``global_batch`` examples of an update to itself."""
-    only = counted(hardware)
+    only = counted(hardware, whole)
 
     def need(size: int) -> int:
         return needed_bytes(traced.reserved_bytes(size, only), hardware)

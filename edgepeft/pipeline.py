@@ -73,7 +73,7 @@ class _Job:
     """The stages of one run. What they share is loaded when first needed."""
 
     def __init__(self, wanted: Recipe, out: Path, until: str, say: Say) -> None:
-        self.space, self.say = Workspace(out), say
+        self.space, self.say, self.until = Workspace(out), say, until
         devices = 1 if self.space.adapter.exists() else wanted.devices  # only training takes several
         self.hardware = usable(load_hardware(wanted.hardware), devices)
         self.device: str = self.hardware.kind  # on which models are loaded
@@ -337,6 +337,7 @@ class _Job:
             first=True,
             devices=recipe.devices,
             sharded=False,
+            whole=self.until != "train",
         )
 
     def _choice(self) -> str:

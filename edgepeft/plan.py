@@ -13,7 +13,7 @@ from edgepeft import hardware as profiles
 from edgepeft.candidate import DDP, FSDP, Candidate, needed_bytes
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.hardware import Hardware
-from edgepeft.surface import ADAMW, EIGHT_BIT, Configuration, Surface
+from edgepeft.surface import ADAMW, AFTERWARDS, EIGHT_BIT, Configuration, Surface
 
 GiB = 2**30
 COMFORTABLE = 4  # examples: below this a configuration is chosen only when nothing else fits
@@ -91,10 +91,12 @@ class Plan:
         others = sorted((profiles.load(name) for name in profiles.names()), key=lambda h: h.available_bytes)
         enough = [h.name for h in others if needed_bytes(least.reserved_bytes, h) <= h.available_bytes]
         remedy = f"It would fit {enough[0]}." if enough else "No profile of one device has that much."
+        if least.phase in AFTERWARDS:
+            remedy = f"`edgepeft train` alone takes less; export on another computer. {remedy}"
         return (
             f"{self.model} does not fit {self.machine} with {tried}: the least is {least.method} at "
             f"{least.precision} with {need / GiB:.1f} GiB, and {self.hardware.available_bytes / GiB:.1f} GiB are free.",
-            f"Largest part: {largest}, {least.bytes[largest] / GiB:.1f} GiB.",
+            f"Largest part: {largest}, {least.bytes[largest] / GiB:.1f} GiB, in {least.phase}.",
             f"{remedy} Shorter sequences (--seq-len) or a smaller model need less.",
         )
 
@@ -145,6 +147,7 @@ def plan(
     epochs: float = 1.0,
     devices: int = 1,
     sharded: bool = True,
+    whole: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """Trace every candidate and choose.
@@ -163,6 +166,7 @@ def plan(
         examples: of the training data, seen ``epochs`` times: how many updates the job has.
         devices: how many of the hardware share a global batch, which is a multiple of it.
         sharded: whether FSDP is planned beside DDP, in which every device holds all; ``edgepeft run`` does DDP alone.
+        whole: whether the model is merged and exported on the hardware too; a CPU's plan then counts it.
         progress: called with how many configurations are traced, of how many.
     """
     wanted = [
@@ -220,7 +224,7 @@ def plan(
                 else:
                     shares = (hardware, microbatch, global_batch // devices, devices)
                     candidates.extend(
-                        on_device.of(configuration, surface, *shares, strategy)
+                        on_device.of(configuration, surface, *shares, strategy, whole)
                         for strategy, surface in _shared(configuration, traced, devices, sharded)
                     )
             settled = {each.method for each in candidates if _comfortable(each, global_batch)}

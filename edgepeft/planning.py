@@ -44,6 +44,7 @@ def plan_model(
     epochs: float | None = None,
     devices: int = 1,
     sharded: bool = True,
+    whole: bool = True,
     first: bool = False,
     progress: Callable[[int, int], None],
 ) -> Plan:
@@ -59,6 +60,7 @@ def plan_model(
         settings: ``options.NAME=VALUE`` of the method; values of one that is named again are all tried.
         optimizer: AdamW when not given, and AdamW in 8 bits where nothing else fits well.
         devices: how many of the device share the work; ``sharded``: whether by FSDP too.
+        whole: whether the model is merged and exported there too.
         first: stop at the first candidate that fits comfortably.
         examples: of the training data; how long the job takes is estimated when it is given.
 
@@ -102,6 +104,7 @@ def plan_model(
         epochs=epochs or DEFAULT_EPOCHS,
         devices=devices,
         sharded=sharded,
+        whole=whole,
         first=first,
         sparing=method == ALL,
         progress=progress,

@@ -97,5 +97,20 @@ def test_a_narrower_adapter_is_proposed_where_it_fits(again: Callable[..., Plan]
     assert "--set options.rank=128 with lora on bf16" in alternatives.remedy(found)
 
 
+def test_training_alone_is_proposed_where_merging_and_exporting_do_not_fit(again: Callable[..., Plan]) -> None:
+    laptop, asked = hardware.load("cpu-x86-16gb"), {"method": "lora", "tokens": 32}
+    none = with_free(laptop, 1 << 20)
+    whole, alone = (again(none, **asked, whole=part).least.process_bytes for part in (True, False))
+    small = with_free(laptop, (whole + alone) // 2)
+    failed = again(small, **asked)
+    assert failed.choice is None and "in exporting" in failed.nothing_fits()[1]
+    assert "`edgepeft train` alone takes less" in failed.nothing_fits()[2]
+    way, *_ = alternatives.find(
+        failed, lambda **changes: again(small, **{**asked, **changes}), tokens=32, method="lora", precision=None
+    )
+    assert way.change == {"whole": False} and way.text.startswith("`edgepeft train` alone with lora on")
+    assert again(small, **{**asked, **way.change}).chosen().process_bytes == way.process_bytes
+
+
 def with_free(device: Hardware, free_bytes: int) -> Hardware:
     return replace(device, memory_bytes=device.reserved_bytes + free_bytes)
