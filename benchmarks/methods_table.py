@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from dataclasses import dataclass
@@ -47,13 +48,13 @@ class Line:
 
 
 def write() -> None:
-    """Write ``results/methods.md`` and the plots; models without finished runs here keep the section that they have."""
+    """Write ``results/methods.md`` and the plots; models of which fewer rows are complete here keep their section."""
     home = RESULTS / "methods.md"
     written = home.read_text(encoding="utf-8").split("\n## ")[1:] if home.exists() else []
     kept = {section.partition("\n")[0]: f"## {section.rstrip()}\n\n\n" for section in written}
     parts = [
         _text(bench)
-        if (bench.folder / "untuned-0.json").exists()
+        if (bench.folder / "untuned-0.json").exists() and _complete(bench) >= _written(kept.get(bench.title, ""))
         else kept.get(bench.title, f"## {bench.title}\n\nNo run is finished yet.\n\n")
         for bench in BENCHES.values()
     ]
@@ -69,6 +70,17 @@ throughput of every method beside full tuning. `benchmarks/README.md` says what 
 
 {"".join(parts)}""",
     )
+
+
+def _complete(bench: Bench) -> int:
+    lines = [_line(bench, row) for row in bench.rows()]
+    return sum(sweep.complete(line.results) and bool(line.runs) for line in lines)
+
+
+def _written(section: str) -> int:
+    """How many rows a section of the page says are complete."""
+    found = re.search(r"^- complete, (\d+) rows", section, re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def _text(bench: Bench) -> str:

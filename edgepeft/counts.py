@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MOST = 256  # ranks are told apart up to here
+from edgepeft.ledger import RANKS
+
 ROWS = 1024  # of a matrix that are looked at at once
 
 
@@ -20,7 +21,7 @@ class Change:
 
     Attributes:
         parameters: whose values differ.
-        rank: the largest rank of any matrix's change, at most ``MOST``; 0 when no matrix changed.
+        rank: the largest rank of any matrix's change, at most ``ledger.RANKS``; 0 when no matrix changed.
     """
 
     parameters: int
@@ -65,7 +66,7 @@ def change(parameters_before_and_after: Iterable[tuple[Tensor, Tensor]]) -> Chan
 
 
 def rank_of_change(old: Tensor, new: Tensor) -> int:
-    """The rank of new - old, (m, n), up to ``MOST``, from its product with as many random vectors.
+    """The rank of new - old, (m, n), up to ``ledger.RANKS``, from its product with as many random vectors.
 
     W + Δ was rounded to fp32, and what rounding adds has full rank: singular values no larger than those of random
     errors of half a unit in the last place of the largest number (Marchenko and Pastur) do not count. Rows are taken a
@@ -73,7 +74,7 @@ def rank_of_change(old: Tensor, new: Tensor) -> int:
     its triangular factor, which has the same singular values.
     """
     rows, columns = new.shape
-    vectors = min(rows, columns, MOST)
+    vectors = min(rows, columns, RANKS)
     generator = torch.Generator(new.device).manual_seed(0)
     sketch = torch.randn(columns, vectors, generator=generator, device=new.device, dtype=torch.float64)
     triangle = sketch.new_zeros(0, vectors)

@@ -10,6 +10,8 @@ from typing import Any
 from edgepeft.errors import EdgePeftError
 from edgepeft.files import write_json
 
+RANKS = 256  # ranks of changes are told apart up to here
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -24,7 +26,7 @@ class Row:
         counts: what the survey's guidelines ask for. Of an adapter ``trained_parameters`` of the last stage (and
             ``trained_parameters_at_most``, where an earlier one trained more), ``training_peak_bytes`` and
             ``training_tokens_per_second``; of a merged model ``changed_parameters``,
-            ``rank_of_change`` (the largest of any matrix, up to ``counts.MOST``), and tokens read a second in torch,
+            ``rank_of_change`` (the largest of any matrix, up to ``RANKS``), and tokens read a second in torch, in fp32,
             ``tokens_per_second_unmerged`` and ``tokens_per_second_merged``. An adapter that does not merge has
             ``changed_parameters`` (what it adds), ``tokens_per_second_unmerged`` and ``tokens_per_second_backbone``.
         stages: of an adapter, what each part of its training took: ``name``, parameters ``trained`` (none where a

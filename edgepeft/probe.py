@@ -251,15 +251,16 @@ def _merge(configuration: Configuration, backbone: Backbone, method: Method, fou
     batch = example_batch(configuration)
     to_full_precision(model)
     _note(found, "kept")
-    first = sample_logits(model, [batch], bounded=True)
-    alike = [] if configuration.cuda else first
-    kept = [torch.empty_like(logits) for logits in alike for _ in range(COMPARED - 1)]
+    kept = sample_logits(model, [batch], bounded=True)
+    if configuration.cuda:
+        kept.clear()
+    kept += [torch.empty_like(logits) for logits in kept for _ in range(COMPARED - 1)]
     if method.merges:
         _note(found, "merge")
         with contextlib.suppress(NotMergeable):  # found out only by trying: the model is then exported as it is
             method.merge(model)
         _note(found, "kept")
-        kept += [torch.empty_like(logits) for logits in alike for _ in range(COMPARED)]
+        kept += [torch.empty_like(logits) for logits in kept]
     _note(found, "totals")
     totals(model, [batch])
 

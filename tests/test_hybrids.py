@@ -11,7 +11,8 @@ import torch
 from conformance import randomised
 from torch import nn
 
-from edgepeft import adapter, backbone
+from edgepeft import adapter, backbone, step
+from edgepeft.backbone import Backbone
 from edgepeft.evaluate import sample_logits
 from edgepeft.methods import base, s4
 from edgepeft.placements.gate import Gate
@@ -107,14 +108,38 @@ def test_s4_groups_form_a_spindle(layers: int, sizes: list[int]) -> None:
     assert [Counter(groups)[number] for number in range(4)] == sizes
 
 
-@pytest.mark.parametrize("family", ["bert", "t5"])
-def test_s4_trains_each_group_as_it_was_published(family: str) -> None:
+def six_layers(family: str) -> Backbone:
+    """A random model with S4 in it, deep enough for all of its groups."""
     config = tiny.configuration(family)
     for name in ("num_hidden_layers", "num_layers", "num_decoder_layers"):
         if hasattr(config, name):
             setattr(config, name, 6)
+    torch.manual_seed(0)
     made = backbone.skeleton(config, task=tiny.task(family), at="fp32")
     base.complete(tiny.method("s4"), made)
+    return made
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_all_groups_of_s4_learn_and_come_back_the_same(family: str) -> None:
+    made = six_layers(family)
+    before, optimizer = logits(made.model, family), tiny.method("s4").optimizer(made.model.train(), 1e-2, 0.0)
+    for _ in range(2):  # a low-rank change's first factor has a gradient once the second is not zero
+        optimizer.zero_grad()
+        step.loss_sum(made.model, tiny.batch(family)).backward()
+        assert all(parameter.grad is not None for parameter in trained(made.model).values())
+        optimizer.step()
+    low_rank = [p.grad for name, p in trained(made.model).items() if ".delta." in name]
+    assert low_rank and all(gradient is not None and gradient.any() for gradient in low_rank)
+    after, again = logits(made.model, family), six_layers(family)
+    assert not torch.allclose(before, after, atol=1e-4)
+    again.model.load_state_dict(base.state(made.model), strict=False)
+    assert torch.equal(logits(again.model, family), after)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_s4_trains_each_group_as_it_was_published(family: str) -> None:
+    made = six_layers(family)
     published = [  # A adapter, P prefix, B bias, L LoRA
         {"bottleneck", "delta"},
         {"bottleneck", "prefix"},

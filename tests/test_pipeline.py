@@ -92,6 +92,17 @@ def test_every_phase_was_measured_and_is_near_what_was_predicted(tuned: Path) ->
         assert predicted[phase] == pytest.approx(size, rel=0.1), phase
 
 
+def test_a_run_counts_what_the_survey_asks_for(tuned: Path) -> None:
+    """Guidelines 1 and 2: what is trained, what changes and of which rank, bytes, memory and speed."""
+    found = rows(tuned)
+    stage, *_ = found["adapter"].stages
+    assert stage["tokens_per_second"] > 0 and stage["peak_bytes"] > 0
+    assert found["adapter"].counts["trained_parameters"] > 0 and (found["adapter"].bytes or 0) > 0
+    merged = next(row for name, row in found.items() if name.startswith("merged") and row.kept).counts
+    assert 0 < merged["rank_of_change"] <= ledger.RANKS and merged["changed_parameters"] > 0
+    assert merged["tokens_per_second_unmerged"] > 0 and merged["tokens_per_second_merged"] > 0
+
+
 def test_the_report_needs_no_network(tuned: Path) -> None:
     page = (tuned / "report.html").read_text()
     assert "merged-fp32" in page and "http://" not in page.replace("http://www.w3.org", "") and "src=" not in page

@@ -9,8 +9,9 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers import OlmoConfig
 
-from edgepeft import adapter, precision
+from edgepeft import adapter, backbone, precision
 from edgepeft.errors import UsageError
 from edgepeft.merge import to_full_precision
 from edgepeft.methods import base
@@ -39,6 +40,18 @@ def test_bitfit_says_what_to_do_without_biases(family: str) -> None:
     with pytest.raises(UsageError, match="finds no biases") as caught:
         tiny.adapted(family, "bitfit")
     assert "ln_tuning" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("name", "said"), [("ln_tuning", "finds nothing to train"), ("bitfit", "finds no biases")])
+def test_a_model_whose_norms_have_no_weights_is_told_what_else_there_is(name: str, said: str) -> None:
+    """OLMo's LayerNorms only normalise, and its linear layers have no biases."""
+    config = OlmoConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    )
+    made = backbone.skeleton(config, task="causal-lm", at="fp32")
+    with pytest.raises(UsageError, match=said) as caught:
+        base.apply(base.create(name), made)
+    assert "--method ia3" in caught.value.remedy
 
 
 @pytest.mark.parametrize("at", ["int8", "nf4"])

@@ -120,7 +120,8 @@ def test_units_of_the_whole_depth_follow_from_shallow_models_and_survive_their_f
 
 
 def test_several_devices_share_a_global_batch_in_two_ways() -> None:
-    values = {"hardware": hardware.load("a100-40gb"), "microbatch": 4}
+    a100 = hardware.load("a100-40gb")
+    values = {"hardware": a100, "microbatch": 4}
     one, four = small_plan(**values), small_plan(**values, devices=4, examples=160)
     assert {each.strategy for each in four.candidates} == {"ddp", "fsdp"}
     alone = one.chosen()
@@ -132,7 +133,7 @@ def test_several_devices_share_a_global_batch_in_two_ways() -> None:
     assert four.updates == 10 and four.as_json()["devices"] == 4
     alike = small_plan(**values, devices=4, sharded=False)
     assert alike.candidates == (ddp,)
-    slow = small_plan(**values | {"hardware": replace(values["hardware"], interconnect=1e8)}, devices=4)
+    slow = small_plan(**values | {"hardware": replace(a100, interconnect=1e8)}, devices=4)
     later_ddp, later_fsdp = sorted(slow.candidates, key=lambda each: each.strategy)
     gathered, added = (4 - 1) / 4 * 2 * fsdp.bytes["weights"], 2 * (4 - 1) / 4 * ddp.bytes["gradients"]
     assert later_ddp.update_seconds - ddp.update_seconds == pytest.approx(added / 0.8e8, rel=0.01)  # type: ignore[operator]

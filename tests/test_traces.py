@@ -91,7 +91,7 @@ def test_the_recipe_of_a_plan_is_one_that_runs_accept(name: str, tmp_path: Path)
         trust_remote_code=False,
         progress=lambda done, total: None,
     )
-    made = planning.recipe(found, "some.jsonl", None, None, 12, [])
+    made = planning.recipe(found, "some.jsonl", None, None, 12)
     recipe.write(made, tmp_path / "recipe.toml")
     assert recipe.create(recipe.read(tmp_path / "recipe.toml")) == made
     assert (made.method, made.precision) == ("lora", "nf4") and 12 % (made.microbatch or 0) == 0

@@ -29,8 +29,7 @@ class BitFit(Method):
         if not names:
             raise UsageError(
                 "bitfit finds no biases in this model.",
-                "Its linear layers and norms add none: so it is in Llama, and in T5, "
-                "whose relative attention bias is an embedding.",
-                "Use --method ln_tuning, which trains as little, or --method lora.",
+                "Its linear layers and norms add none, as in Llama, or in T5, whose attention bias is an embedding.",
+                f"Use --method {'ln_tuning' if anatomy.norms else 'ia3'}, which trains as little, or --method lora.",
             )
         selection.train(model, names)

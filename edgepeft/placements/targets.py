@@ -29,7 +29,8 @@ def linears(method: str, anatomy: Anatomy, roles: Sequence[str]) -> list[str]:
         raise UsageError(
             f"{method}: its targets match no layer of this model.",
             f"It has none with the roles {', '.join(roles)}." if roles else "They are an empty list.",
-            f"It has {', '.join(sorted({role for block in anatomy.blocks for role in block.linears}))}.",
+            "Give options.targets some of what it has: "
+            f"{', '.join(sorted({role for block in anatomy.blocks for role in block.linears}))}.",
         )
     return names
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgepeft.ledger import RANKS
 from edgepeft.report.markup import MISSING, Html, join, memory, number, percent, table, tag
 from edgepeft.report.rundir import Record, Run
 
@@ -56,6 +57,8 @@ def _counts(rows: list[Record]) -> Html | None:
         name.removesuffix("_bytes").replace("_", " "): memory(value) if name.endswith("_bytes") else number(value)
         for name, value in found.items()
     }
+    if found.get("rank_of_change", 0) >= RANKS:
+        shown["rank of change"] = f"{RANKS} or more"
     return tag("p", "; ".join(f"{name}: {value}" for name, value in shown.items()) + ".")
 
 
