@@ -14,7 +14,7 @@ from torch import nn
 from edgepeft import adapter, backbone, step
 from edgepeft.backbone import Backbone
 from edgepeft.evaluate import sample_logits
-from edgepeft.methods import base, s4
+from edgepeft.methods import base, s4, unipelt
 from edgepeft.placements.gate import Gate
 
 FAMILIES = ("llama", "bert", "t5")
@@ -97,6 +97,22 @@ def test_gates_weigh_each_token_by_itself() -> None:
     x = torch.randn(2, 5, 4)
     torch.testing.assert_close(gate(x), torch.sigmoid(x @ gate.weight.T + gate.bias))
     torch.testing.assert_close(gate.log(1e3 * x), nn.functional.logsigmoid(1e3 * x @ gate.weight.T + gate.bias))
+
+
+def test_unipelts_gates_scale_its_low_rank_changes_and_adapters() -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(6, 4), torch.randn(2, 5, 6)
+    change, adapter_of = unipelt._GatedLowRank(linear, 2), unipelt._GatedAdapter(6, 3, torch.device("cpu"))
+    tiny.randomise(change)
+    tiny.randomise(adapter_of)
+    opened = torch.sigmoid(x @ change.gate.weight.T + change.gate.bias)
+    assert 0.01 < opened.min() and opened.max() < 0.99  # neither shut nor open
+    expected = linear(x) + opened * (x @ change.change.a.T @ change.change.b.T)
+    torch.testing.assert_close(change(x, linear(x), linear), expected)
+    opened = torch.sigmoid(x @ adapter_of.gate.weight.T + adapter_of.gate.bias)
+    parts = dict(adapter_of.adapter.named_parameters())
+    narrow = torch.relu(x @ parts["down.weight"].T + parts["down.bias"])
+    torch.testing.assert_close(adapter_of(x), opened * (narrow @ parts["up.weight"].T + parts["up.bias"]))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,9 @@ RUNS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "fish_mask-bf16": ({"method": "fish_mask", "precision": "bf16", "task": "seq2seq"}, (4, 12)),
     "prefix_tuning": ({"method": "prefix_tuning"}, (4, 8)),
     "far": ({"method": "far", "options": {"priming": 0.5}}, (2, 5, 8)),
+    "lets": ({"method": "lets", "task": "classification"}, (2, 5, 8)),
+    "sparse_adapter": ({"method": "sparse_adapter"}, (2, 8)),
+    "unipelt": ({"method": "unipelt"}, (4, 8)),
     "diff_pruning": ({"method": "diff_pruning"}, (2, 5, 8)),
     "diff_pruning-recomputing": ({"method": "diff_pruning", "task": "seq2seq", "checkpointing": True}, (3, 7)),
 }
@@ -55,6 +58,38 @@ def test_killed_in_any_stage_ends_in_the_same_bytes(name: str, tmp_path: Path) -
         same = ("step", "loss", "lr", "grad_norm", "tokens")
         resumed, steps = training.log(out, "step"), training.log(whole, "step")
         assert [[event[key] for key in same] for event in resumed] == [[event[key] for key in same] for event in steps]
+
+
+@pytest.mark.parametrize("name", ["ipt", "spot"])
+def test_what_begins_with_other_runs_prompts_has_its_stages_and_may_be_killed(
+    name: str, tmp_path: Path
+) -> None:
+    def recipe_of(method: str, **changes: Any) -> Recipe:
+        options = {**tiny.method(method, **changes.pop("others", {})).narrow, **changes.pop("options", {})}
+        return training.written("causal-lm", method=method, options=options, lr=1e-2, epochs=1.0, **changes)
+
+    prompt = {"length": 4}
+    tuned = [
+        str(training.run(recipe_of("prompt_tuning", options=prompt, seed=seed), tmp_path / f"task-{seed}").adapter)
+        for seed in (0, 1)
+    ]
+    others = {"source": tuned[0]} if name == "spot" else {"prompts": tuple(tuned)}
+    chosen, whole = recipe_of(name, others=others, options={**others, **prompt}), tmp_path / "whole"
+    first_pass: dict[int, int] = {}
+
+    def heard(number: int) -> None:
+        first_pass.setdefault(len(training.log(whole, "step")), number)
+
+    training.run(chosen, whole, heard)
+    stages = base.create(name, chosen.options).stages()
+    (end,) = training.log(whole, "end")
+    assert [stage["name"] for stage in end["stages"]] == [stage.name for stage in stages if stage.updates != 0]
+    steps = max(first_pass)
+    for updates in {2, steps // 2, steps - 2}:
+        out = tmp_path / f"killed-{updates}"
+        training.dies(training.run_until_killed, chosen, out, first_pass[updates] + 1, 0)
+        training.run(chosen, out)
+        assert training.result(out) == training.result(whole), f"killed after {updates} updates"
 
 
 @pytest.mark.parametrize("name", ["lora", "lt_sft", "fish_mask", "diff_pruning"])
