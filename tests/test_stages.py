@@ -61,9 +61,7 @@ def test_killed_in_any_stage_ends_in_the_same_bytes(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["ipt", "spot"])
-def test_what_begins_with_other_runs_prompts_has_its_stages_and_may_be_killed(
-    name: str, tmp_path: Path
-) -> None:
+def test_what_begins_with_other_runs_prompts_has_its_stages_and_may_be_killed(name: str, tmp_path: Path) -> None:
     def recipe_of(method: str, **changes: Any) -> Recipe:
         options = {**tiny.method(method, **changes.pop("others", {})).narrow, **changes.pop("options", {})}
         return training.written("causal-lm", method=method, options=options, lr=1e-2, epochs=1.0, **changes)
