@@ -96,8 +96,8 @@ def test_options_are_checked(name: str, options: dict[str, object], part: str) -
         *((name, {"rank": 33}, "options.rank=4") for name in ("lora", "dora", "adalora", "glora", "unipelt", "s4")),
         ("galore", {"rank": 32}, "options.rank=8"),
         ("compacter", {"rank": 3}, "options.rank=2"),
-        ("lora", {"targets": []}, "It has ffn_in, ffn_out, key"),
-        ("lora", {"targets": ["cross_key"]}, "It has ffn_in, ffn_out, key"),
+        ("lora", {"targets": []}, "some of what it has: ffn_in, ffn_out, key"),
+        ("lora", {"targets": ["cross_key"]}, "some of what it has: ffn_in, ffn_out, key"),
         ("lora", {"targets": ["q_proj"]}, "Known: cross_key"),
     ],
 )
