@@ -18,13 +18,13 @@ from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # before torch is loaded
 
-import kept  # noqa: E402
-import methods_table  # noqa: E402
-import sweep  # noqa: E402
-import tuned  # noqa: E402
-from edgepeft.errors import EdgePeftError, UsageError  # noqa: E402
-from edgepeft.files import write_json  # noqa: E402
-from tuning import BENCHES, HEAD_ONLY, OTHERS, STATE, Bench, Row  # noqa: E402
+import kept
+import methods_table
+import sweep
+import tuned
+from edgepeft.errors import EdgePeftError, UsageError
+from edgepeft.files import write_json
+from tuning import BENCHES, HEAD_ONLY, OTHERS, STATE, Bench, Row
 
 PROMPTED = ("spot", "ipt")  # start from the prompts of other tasks, which are trained before their first run
 Run = tuple[Path, Callable[..., dict[str, Any]], tuple[Any, ...]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,11 +54,11 @@ def totals(model: nn.Module, batches: Iterable[Batch]) -> tuple[torch.Tensor, to
         batch = {name: value.to(device) for name, value in batch.items()}
         wanted = targets(batch)
         if "labels" in batch:
-            parts = [(model(**inputs(batch)).logits, wanted)]
+            parts: Iterable[tuple[torch.Tensor, torch.Tensor]] = [(model(**inputs(batch)).logits, wanted)]
         else:
-            states, head = answer_states(model, batch), model.get_output_embeddings()  # type: ignore[operator]
-            sliced = ((states[part], wanted[part]) for part in chunks(len(states), head.weight.shape[0]))
-            parts = ((_capped(model, head(hidden)), target) for hidden, target in sliced)  # type: ignore[assignment]
+            states, head = answer_states(model, batch), _head(model)
+            sliced = [(states[part], wanted[part]) for part in chunks(len(states), head.weight.shape[0])]
+            parts = ((_capped(model, head(hidden)), target) for hidden, target in sliced)
         for logits, target in parts:
             loss += F.cross_entropy(logits.float(), target, reduction="sum").cpu().double()
             right += (logits.argmax(-1) == target).sum().cpu()
@@ -79,11 +80,15 @@ def sample_logits(model: nn.Module, batches: Iterable[Batch], *, bounded: bool =
         if "labels" in batch:
             logits = model(**inputs(batch)).logits
         else:
-            states, head = answer_states(model, batch), model.get_output_embeddings()  # type: ignore[operator]
+            states, head = answer_states(model, batch), _head(model)
             most = chunks(len(states), head.weight.shape[0])[0] if bounded else slice(None)
             logits = _capped(model, head(states[most]))
         found.append(logits.float().cpu())
     return found
+
+
+def _head(model: Any) -> Any:
+    return model.get_output_embeddings()
 
 
 def _capped(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:

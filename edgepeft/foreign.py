@@ -66,6 +66,8 @@ class Foreign(Method):
         """PEFT's name of what the configuration is one of."""
         return str(self.parsed().peft_type.value)
 
+    # What a class of ours says of all its methods, a configuration of PEFT's says of itself: hence properties, which to
+    # mypy are no class variables.
     @property
     def merges(self) -> bool:  # type: ignore[override]
         config = self.parsed()

@@ -188,7 +188,8 @@ def _activation_bytes(model: Any, task: str, tokens: int) -> int:
 def _weights(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
     """Each weight once, with what it is: linear, protected, lookup, head (tied to a lookup) or plain."""
     lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    made: Any = model
+    head = made.get_output_embeddings()
     tied = {id(head.weight)} & lookups if head is not None else set()
     seen: set[int] = set()
     for name, module in model.named_modules():

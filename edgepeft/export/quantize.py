@@ -189,7 +189,8 @@ def _is_lookup(node: ir.Node) -> bool:
     """Whether rows of a stored table are gathered whose width is a whole number of blocks."""
     if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0 or not _is_matrix(node.inputs[0]):
         return False
-    return _array(node.inputs[0]).shape[1] % BLOCK == 0  # type: ignore[arg-type]
+    table: Any = node.inputs[0]  # not None: it is a matrix
+    return bool(_array(table).shape[1] % BLOCK == 0)
 
 
 def _linears(graph: ir.Graph) -> list[_Linear]:
@@ -198,17 +199,18 @@ def _linears(graph: ir.Graph) -> list[_Linear]:
 
 
 def _as_linear(node: ir.Node) -> _Linear | None:
+    inputs: Any = node.inputs  # None only where an input is left out, which these operators cannot
     if node.op_type == "MatMul":
-        weight, producer = node.inputs[1], node.inputs[1].producer()  # type: ignore[union-attr]
+        weight, producer = inputs[1], inputs[1].producer()
         if _is_matrix(weight):
-            return _Linear(node, weight, True, None)  # type: ignore[arg-type]
+            return _Linear(node, weight, True, None)
         if producer is not None and producer.op_type == "Transpose" and _is_matrix(producer.inputs[0]):
-            return _Linear(node, producer.inputs[0], False, None)  # type: ignore[arg-type]
-    if node.op_type == "Gemm" and _is_matrix(node.inputs[1]):
+            return _Linear(node, producer.inputs[0], False, None)
+    if node.op_type == "Gemm" and _is_matrix(inputs[1]):
         plain = node.attributes.get_float("alpha", 1.0) == node.attributes.get_float("beta", 1.0) == 1.0
         if plain and not node.attributes.get_int("transA", 0):
-            bias = node.inputs[2] if len(node.inputs) > 2 else None
-            return _Linear(node, node.inputs[1], not node.attributes.get_int("transB", 0), bias)  # type: ignore[arg-type]
+            bias = inputs[2] if len(inputs) > 2 else None
+            return _Linear(node, inputs[1], not node.attributes.get_int("transB", 0), bias)
     return None
 
 

@@ -107,7 +107,8 @@ def save(model: ir.Model, path: Path) -> None:
 def _trace(module: nn.Module, examples: tuple[Tensor, ...], axes: list[Axes]) -> ExportedProgram:
     free = tuple(dict.fromkeys(named, Dim.DYNAMIC) for named in axes)
     # The setting torch.onnx.export itself traces with: sizes of 0 and 1 are not special.
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+    settings: Any = torch.fx.experimental._config  # made into a module of settings when it is imported
+    with settings.patch(backed_size_oblivious=True):
         return torch.export.export(module, examples, dynamic_shapes=(free,), strict=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,7 @@ class AttentionFusion(Method):
                 "Use another method: lora, houlsby.",
             )
         reference = next(model.parameters())
-        width: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
+        config: Any = model.config
+        width: int = config.hidden_size
         fusion = Fusion(width, len(paths), self.last, reference.device)
         late.attach(model, anatomy.stacks[stack], fusion, paths, "output")

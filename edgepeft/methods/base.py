@@ -201,7 +201,7 @@ class Method(ABC):
         """
         return DEPTHS
 
-    def after_update(self, model: nn.Module, progress: float) -> None:  # noqa: B027
+    def after_update(self, model: nn.Module, progress: float) -> None:  # noqa: B027  (most methods have nothing to do here)
         """Called after each update, while its gradients are still there.
 
         Args:
