@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from edgepeft import adapter, step
 from edgepeft.errors import UsageError
 from edgepeft.methods.intrinsic_said import Subspace
-from edgepeft.placements.fastfood import Fastfood, hadamard
+from edgepeft.placements.fastfood import Fastfood, factors_of, hadamard
 from edgepeft.trace import Tracker
 
 CPU = torch.device("cpu")
@@ -35,7 +35,8 @@ def sylvester(size: int) -> Tensor:
 @pytest.mark.parametrize("size", [1, 2, 8, 64])
 def test_the_fast_transform_is_the_hadamard_matrix(size: int) -> None:
     x = torch.randn(3, size, dtype=torch.float64)
-    torch.testing.assert_close(hadamard(x), x @ sylvester(size))
+    factors = [factor.double() for factor in factors_of(size, x.device)]
+    torch.testing.assert_close(hadamard(x, factors), x @ sylvester(size))
 
 
 @pytest.mark.parametrize(("few", "many"), [(8, 64), (5, 30), (7, 8), (12, 5), (1, 3)])

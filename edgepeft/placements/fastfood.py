@@ -8,7 +8,7 @@ computed when needed and alike on every device; one permutation serves all block
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 RADIX = 32  # of the transform
 CHUNK = 2**20  # numbers that are worked on at a time: the rest of a layer needs no temporaries
-MOST_CHUNKS = 8  # of the largest layers: planning has to follow every one, and its temporaries are less than the layer
+MOST_CHUNKS = 4  # of the largest layers: planning has to follow every one, and its temporaries are about the layer's
 _MASK = 0xFFFFFFFF
 
 
@@ -39,25 +39,26 @@ class Fastfood:
 
     def project(self, vector: Tensor) -> Tensor:
         """P v: (few,) to (many,), in fp32."""
-        order = self._order(vector.device)
+        order, factors = self._order(vector.device), factors_of(self.size, vector.device)
         padded = torch.nn.functional.pad(vector.float(), (0, self.size - self.few))
         result = padded.new_empty(self.many)
         for first, part in self._parts(result):
             signs, normal = self._random(first, -(-len(part) // self.size), vector.device)
-            rows = hadamard(padded * signs).index_select(1, order).mul_(normal)
-            part.copy_(hadamard(rows).flatten()[: len(part)])
+            rows = hadamard(padded * signs, factors).index_select(1, order).mul_(normal)
+            part.copy_(hadamard(rows, factors).flatten()[: len(part)])
         return result.mul_(self.scale)
 
     def transposed(self, values: Tensor) -> Tensor:
         """Pᵀ u: (many,) to (few,), in fp32."""
-        order = self._order(values.device)
+        order, factors = self._order(values.device), factors_of(self.size, values.device)
         back = torch.empty_like(order).index_copy_(0, order, torch.arange(self.size, device=order.device))
         result = values.new_zeros(self.size, dtype=torch.float32)
         for first, part in self._parts(values):
             blocks = -(-len(part) // self.size)
             signs, normal = self._random(first, blocks, values.device)
             rows = torch.nn.functional.pad(part.float(), (0, blocks * self.size - len(part))).view(blocks, self.size)
-            result += hadamard(hadamard(rows).mul_(normal).index_select(1, back)).mul_(signs).sum(0)
+            mixed = hadamard(rows, factors).mul_(normal).index_select(1, back)
+            result += hadamard(mixed, factors).mul_(signs).sum(0)
         return result[: self.few] * self.scale
 
     def _parts(self, numbers: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -78,28 +79,31 @@ class Fastfood:
         return (_hash(0, self.size, self.seed ^ 0x5BD1E995, device).long() & _MASK).argsort(stable=True)
 
 
-def hadamard(x: Tensor) -> Tensor:
+def hadamard(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """x H along the last dimension, whose size is a power of two: a fast Walsh-Hadamard transform.
 
-    H is the Kronecker product of small Hadamard matrices, which are multiplied with one after the other: in each of
+    H is the Kronecker product of ``factors_of(size)``, which are multiplied with one after the other: in each of
     log(size) / log(``RADIX``) rounds a number takes part in ``RADIX`` products, more than the two sums of five rounds
     of the usual butterfly, but where a matrix product is at home. It is about twenty times as fast.
     """
     shape, inner = x.shape, 1
-    while inner < shape[-1]:
-        radix = min(RADIX, shape[-1] // inner)
-        small = _sylvester(radix, x)
-        x = x.reshape(-1, radix) @ small if inner == 1 else small @ x.reshape(-1, radix, inner)
+    for factor in factors:
+        radix = len(factor)
+        x = x.reshape(-1, radix) @ factor if inner == 1 else factor @ x.reshape(-1, radix, inner)
         inner *= radix
     return x.reshape(shape)
 
 
-def _sylvester(size: int, like: Tensor) -> Tensor:
-    """The Hadamard matrix (size, size)."""
-    matrix = like.new_ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix
+def factors_of(size: int, device: torch.device) -> list[Tensor]:
+    """The Hadamard matrices, of ``RADIX`` and a rest, whose Kronecker product is that of ``size``; in fp32."""
+    found, inner = [], 1
+    while inner < size:
+        matrix = torch.ones(1, 1, device=device)
+        while len(matrix) < min(RADIX, size // inner):
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        found.append(matrix)
+        inner *= len(matrix)
+    return found
 
 
 def _hash(first: int, count: int, seed: int, device: torch.device) -> Tensor:
