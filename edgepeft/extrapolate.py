@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from edgepeft.surface import KINDS, PASSING, WORKING, Configuration, Moment, Sur
 SIZES = [2**power for power in range(11)]  # microbatches at which the peak of a segment is looked for
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Span = tuple[int, int]  # the first moment and the last
+Spared = Mapping[tuple[Any, ...], float]  # segment → bytes
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,13 @@ class Timeline:
 
     def most(self, first: int, last: int, microbatch: int) -> int:
         """The moment from ``first`` to ``last`` at which most is held."""
-        fixed, each = self.bytes[first : last + 1].sum(2).T
+        fixed, each = self.sums[:, first : last + 1]
         return first + int((fixed + microbatch * each).argmax())
+
+    @cached_property
+    def sums(self) -> Array:
+        """Of all kinds, (2, moments)."""
+        return np.ascontiguousarray(self.bytes.sum(2).T)
 
 
 def surface(configuration: Configuration) -> Surface:
@@ -70,26 +77,31 @@ def surfaces(configuration: Configuration, checkpointing: Sequence[bool]) -> lis
     # Larger tells better; but an answer's logits are made in chunks, all of which have to be followed.
     size = _prime(configuration, 101 if configuration.task == "classification" else max(saturated, 11))
     traces = [_recorded(configuration, checkpointing, layers, size) for layers in depths]
-    ones: Sequence[Recording | None] = [None] * len(checkpointing)
-    if saturated > 1:
-        ones = _recorded(configuration, checkpointing, depths[0], 1)
-    return [_surface(configuration, depths, size, recorded, one) for *recorded, one in zip(*traces, ones, strict=True)]
+    less: Mapping[str, Spared] = {}
+    if saturated > 1:  # the loss is the same with checkpointing and without
+        one = _recorded(configuration, checkpointing[:1], depths[0], 1)[0]
+        low, single = _timelines(configuration, traces[0][0], size), _timelines(configuration, one, 1)
+        less = {phase: _less(low[phase], single[phase]) for phase in low}
+    return [_surface(configuration, depths, size, recorded, less) for recorded in zip(*traces, strict=True)]
 
 
 def _surface(
-    configuration: Configuration, depths: Sequence[int], size: int, recorded: Sequence[Any], one: Recording | None
+    configuration: Configuration,
+    depths: Sequence[int],
+    size: int,
+    recorded: Sequence[Recording],
+    less: Mapping[str, Spared],
 ) -> Surface:
-    """From recordings at ``depths`` and the microbatch ``size``, and one at microbatch 1 where that is different."""
+    """From recordings at ``depths`` and the microbatch ``size``, and by how much microbatch 1 takes less, by phase."""
     full, saturated = depth(configuration.model), _saturated(configuration)
     traced = [_timelines(configuration, recording, size) for recording in recorded]
-    single = _timelines(configuration, one, 1) if one is not None else None
     grown = (full - depths[-1]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
     phases = {}
     for phase, low in traced[0].items():
-        less = _less(low, single[phase]) if single else {}
+        spares = less.get(phase, {})
         found: dict[tuple[float, ...], float] = {}
         for segment, high, slope in _moments(low, traced[-1][phase]):
-            held, spared = tuple((high + grown * slope).ravel()), less.get(segment, 0.0)
+            held, spared = tuple((high + grown * slope).ravel()), spares.get(segment, 0.0)
             found[held] = min(spared, found.get(held, spared))
         moments = [Moment(v[: len(KINDS)], v[len(KINDS) :], cut) for v, cut in found.items()]
         phases[phase] = tuple(_needed(moments, saturated))
@@ -238,19 +250,28 @@ def _text_logits(configuration: Configuration) -> int:
 
 
 def _timeline(recording: Recording, name: str, size: int) -> Timeline:
-    phase = recording.tracker.phases[name]
-    changes = np.zeros((len(phase.events) + 1, 2, len(KINDS)))
-    for row, events in ((0, phase.held), *((row, [event]) for row, event in enumerate(phase.events, start=1))):
-        for event in events:
-            asked, taken, kind = recording.tracker.storage(abs(event))
-            # Of what has the size of trained tensors, one in ``size`` is a multiple of it by chance.
-            grows = kind in PASSING and not (row and name.endswith("update"))
-            each = asked // size if grows and size > 1 and asked % size == 0 else 0
-            sign, column = (1 if event > 0 else -1), KINDS.index(kind)
-            changes[row, 0, column] += sign * (taken - each * size)
-            changes[row, 1, column] += sign * each
+    tracker, phase = recording.tracker, recording.tracker.phases[name]
+    known = {uid: tracker.storage(uid) for uid in {*phase.held, *map(abs, phase.events)}}
+
+    def changes(events: Sequence[int], growing: bool) -> Array:
+        """What each of the events adds, (events, 2, kinds)."""
+        found = np.zeros((len(events), 2, len(KINDS)))
+        if not events:
+            return found
+        each = [known[abs(event)] for event in events]
+        asked, taken = np.array([(asked, taken) for asked, taken, _ in each]).T
+        # Of what has the size of trained tensors, one in ``size`` is a multiple of it by chance.
+        grows = np.array([growing and size > 1 and kind in PASSING for _, _, kind in each]) & (asked % size == 0)
+        shares, signs = np.where(grows, asked // size, 0), np.sign(events)
+        rows, columns = np.arange(len(events)), [KINDS.index(kind) for _, _, kind in each]
+        found[rows, 0, columns] = signs * (taken - shares * size)
+        found[rows, 1, columns] = signs * shares
+        return found
+
+    held = changes(phase.held, True).sum(0)
+    later = changes(phase.events, not name.endswith("update"))
     segments = _segments(recording.marks.get(name, []), len(phase.events))
-    return Timeline(changes.cumsum(0), segments, phase.tally.split(size))
+    return Timeline(np.concatenate([held[None], later]).cumsum(0), segments, phase.tally.split(size))
 
 
 def _segments(marks: list[tuple[tuple[str, int, int], int]], moments: int) -> dict[tuple[Any, ...], tuple[int, int]]:

@@ -88,6 +88,9 @@ def recordings(configuration: Configuration, checkpointing: Sequence[bool], *, w
         for number, stage in enumerate(stages):
             if number:
                 base.begin(method, backbone, number)
+            if stage.updates == 0:  # nothing is trained in it
+                _label(tracker, backbone, own)
+                continue
             prefix = f"{stage.name}: " if len(stages) > 1 else ""
             _train(configuration, checkpointing, backbone, method, stage, own, prefix, found)
         if whole:
@@ -179,7 +182,7 @@ def _train(
         penalty=method.penalty,
         after_update=method.after_update,
     )
-    tracker.label_model(model, [p for n, p in model.named_parameters() if p.requires_grad and n not in own])
+    _label(tracker, backbone, own)
     # The steady state: optimizer states exist, and with accumulation the gradients of earlier microbatches too. Both
     # are there after a backward pass and an update on any loss, so the cheapest one is taken.
     accumulates = configuration.accumulates and not method.updates_in_backward and not stage.one_by_one
@@ -202,6 +205,11 @@ def _train(
     states = [value for state in optimizer.state.values() for value in state.values()]
     held = [*base.state(model, transient=True).values(), *(value for value in states if torch.is_tensor(value))]
     found.own = sum(tensor.nbytes for tensor in held)
+
+
+def _label(tracker: Tracker, backbone: Backbone, own: set[str]) -> None:
+    named = backbone.model.named_parameters()
+    tracker.label_model(backbone.model, [p for name, p in named if p.requires_grad and name not in own])
 
 
 @contextlib.contextmanager

@@ -78,19 +78,16 @@ class _Run:
 
     def sizes(self, events: Sequence[int], traced: int) -> tuple[Array, Array]:
         """Bytes of each event's storage: at any microbatch, and for each example beside."""
-        roots: dict[int, int] = {}
-        for event in events:
-            uid = root = abs(event)
+        uids = np.abs(np.array(events, dtype=np.int64))
+        known = np.zeros((2, int(uids.max(initial=0)) + 1), dtype=np.int64)
+        for uid in np.unique(uids).tolist():
+            root = uid
             while root in self.like:
                 root = self.like[root]
-            roots[uid] = root
-        known = {}
-        for root in set(roots.values()):
             asked, _, kind = self.high.tracker.storage(root)
             grows = kind in PASSING and traced > 1 and asked % traced == 0
-            known[root] = (0, asked // traced) if grows else (asked, 0)
-        both = np.array([known[roots[abs(event)]] for event in events], dtype=np.int64)
-        return both[:, 0], both[:, 1]
+            known[:, uid] = (0, asked // traced) if grows else (asked, 0)
+        return known[0, uids], known[1, uids]
 
     def training(self) -> Iterator[int]:
         """Births (uid) and deaths (-uid) of every stage's first updates, and of an evaluation."""
