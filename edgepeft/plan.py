@@ -123,6 +123,7 @@ class Plan:
         return {**vars(candidate), "job": None if job is None else vars(job)}
 
 
+@traces.pooled()
 def plan(
     *,
     name: str,

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgepeft import sharding, surface
 from edgepeft.catalog import entry, names
@@ -25,6 +25,9 @@ from edgepeft.files import write_json
 from edgepeft.peft_config import path_of, text_of
 from edgepeft.sharding import Unit
 from edgepeft.surface import ADAMW, Configuration, Surface
+
+if TYPE_CHECKING:
+    import concurrent.futures
 
 METHODS = "methods.json"
 TOKENS, TARGET_TOKENS, LABELS = 512, 128, 2  # what the shipped surfaces were traced at
@@ -229,24 +232,61 @@ def _trace(
         together.setdefault(repr(replace(configuration, checkpointing=False)), []).append(index)
     jobs = [[wanted[index] for index in indices] for indices in together.values()]
     if len(jobs) == 1:
-        yield from enumerate(_surfaces(jobs[0]))
+        yield from enumerate(_kept(jobs[0], _surfaces(jobs[0])))
         return
+    import concurrent.futures
+
+    pool = _pool()
+    futures = {pool.submit(_surfaces, job): (job, at) for job, at in zip(jobs, together.values(), strict=True)}
+    done = 0
+    for future in concurrent.futures.as_completed(futures):
+        job, indices = futures[future]
+        crash = future.exception()
+        if crash is None:
+            found = list(_kept(job, future.result()))
+        else:
+            _pool.cache_clear()  # it may be the pool that is broken
+            what = f"{job[0].method} at {job[0].precision}"
+            lost = f"{type(crash).__name__}: {crash}"
+            found = [EdgePeftError(f"{what} could not be traced.", lost, "Please report it.")] * len(job)
+        yield from zip(indices, found, strict=True)
+        done += len(indices)
+        progress(done)
+
+
+@contextlib.contextmanager
+def pooled() -> Iterator[None]:
+    """The processes that trace are kept inside, and gone after it: a plan may trace several times."""
+    try:
+        yield
+    finally:
+        if _pool.cache_info().currsize:
+            _pool().shutdown(cancel_futures=True)
+            _pool.cache_clear()
+
+
+@cache
+def _pool() -> concurrent.futures.ProcessPoolExecutor:
+    """One process for each core, each of which takes seconds to load torch; see ``pooled``."""
     import concurrent.futures
     import multiprocessing
 
-    workers = min(len(jobs), len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-        futures = {pool.submit(_surfaces, job): indices for job, indices in zip(jobs, together.values(), strict=True)}
-        done = 0
-        for future in concurrent.futures.as_completed(futures):
-            done += len(futures[future])
-            progress(done)
-    for future, indices in futures.items():
-        crash = future.exception()
-        what = f"{wanted[indices[0]].method} at {wanted[indices[0]].precision}"
-        lost = EdgePeftError(f"{what} could not be traced.", f"{type(crash).__name__}: {crash}", "Please report it.")
-        yield from zip(indices, future.result() if crash is None else [lost] * len(indices), strict=True)
+    return concurrent.futures.ProcessPoolExecutor(cores, mp_context=context, initializer=_one_thread)
+
+
+def _kept(
+    wanted: Sequence[Configuration], traced: Sequence[Surface | EdgePeftError]
+) -> Iterator[Surface | EdgePeftError]:
+    """The same as it will be read from this disk, where it is written."""
+    for configuration, found in zip(wanted, traced, strict=True):
+        if isinstance(found, EdgePeftError):
+            yield found
+            continue
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+            write_json(_path(configuration), found.plain())
+        yield surface.read(found.plain())
 
 
 def _surfaces(wanted: Sequence[Configuration]) -> Sequence[Surface | EdgePeftError]:
@@ -254,7 +294,7 @@ def _surfaces(wanted: Sequence[Configuration]) -> Sequence[Surface | EdgePeftErr
     from edgepeft import extrapolate
 
     try:
-        traced = extrapolate.surfaces(wanted[0], [configuration.checkpointing for configuration in wanted])
+        return extrapolate.surfaces(wanted[0], [configuration.checkpointing for configuration in wanted])
     except EdgePeftError as error:  # the method is not for this model; the others may be
         return [error] * len(wanted)
     except Exception as error:
@@ -268,10 +308,6 @@ def _surfaces(wanted: Sequence[Configuration]) -> Sequence[Surface | EdgePeftErr
             "What is not planned is not trained here; PEFT itself may train it.",
         )
         return [refusal] * len(wanted)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-        for configuration, found in zip(wanted, traced, strict=True):
-            write_json(_path(configuration), found.plain())
-    return [surface.read(found.plain()) for found in traced]
 
 
 def _stored(configuration: Configuration) -> Surface | None:

@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 def random(fastfood: Fastfood) -> tuple[Tensor, Tensor, Tensor]:
     """Signs, normal numbers and the permutation."""
     blocks = -(-fastfood.many // fastfood.size)
-    return *fastfood._random(0, blocks, CPU), fastfood._order(CPU)
+    signs, normal = fastfood._random(0, blocks, CPU)
+    return signs.float(), normal, fastfood._order(CPU)
 
 
 def sylvester(size: int) -> Tensor:

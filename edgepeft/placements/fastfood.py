@@ -70,9 +70,9 @@ class Fastfood:
     def _random(self, first: int, blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Signs and normal numbers, (blocks, size), of the blocks from number ``first`` of the many on."""
         bits = _hash(first, blocks * self.size, self.seed, device).view(blocks, self.size)
-        signs = (bits & 1).float().mul_(2).sub_(1)
-        uniform = ((bits >> 1) & 0x7FFFFFFF).float().add_(0.5).div_(2**30).sub_(1)  # inside (-1, 1)
-        return signs, torch.erfinv(uniform.clamp_(-1 + 2**-24, 1 - 2**-24)).mul_(math.sqrt(2))
+        signs = (bits & 1).mul_(2).sub_(1)
+        uniform = (bits >> 8).float().add_(0.5).mul_(2**-23)  # inside (-1, 1), of other bits than the signs
+        return signs, torch.erfinv(uniform).mul_(math.sqrt(2))
 
     def _order(self, device: torch.device) -> Tensor:
         """The permutation, (size,)."""
@@ -89,7 +89,11 @@ def hadamard(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     shape, inner = x.shape, 1
     for factor in factors:
         radix = len(factor)
-        x = x.reshape(-1, radix) @ factor if inner == 1 else factor @ x.reshape(-1, radix, inner)
+        if inner == 1:
+            x = x.reshape(-1, radix) @ factor
+        else:
+            x = x.reshape(-1, radix, inner)
+            x = torch.bmm(factor.expand(len(x), radix, radix), x)
         inner *= radix
     return x.reshape(shape)
 
