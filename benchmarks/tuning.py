@@ -18,6 +18,7 @@ from edgepeft.methods import base
 STATE = Path(os.environ.get("EDGEPEFT_CACHE", Path.home() / ".cache" / "edgepeft")) / "benchmark-methods"
 HEAD_ONLY = "benchmarks.head_only"
 SLOW = ("fish_mask", "intrinsic_said", "adamix", "prompt_tuning", "spot", "ipt")  # come last
+LOFTQ = 5  # rounds, the most that the paper tries (arXiv 2310.08659)
 DEV = 128  # validation examples that choose the learning rate
 SCORED = 256  # others, on which the score is taken
 
@@ -26,17 +27,22 @@ Text = tuple[str, str]  # a text and the word for its class
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: a method with options other than its defaults, on a precision."""
+    """A line of a table: a method with options other than its defaults, on a precision.
+
+    Attributes:
+        why: why these options.
+        known_as: what it is called in the table where that is not the method's name.
+    """
 
     method: str
     precision: str
     options: Mapping[str, Any] = field(default_factory=dict)
     why: str = ""
-    """Why these options."""
+    known_as: str = ""
 
     @property
     def name(self) -> str:
-        plain = self.method.rpartition(".")[2]
+        plain = self.known_as or self.method.rpartition(".")[2]
         return f"{plain}-nf4" if self.precision == "nf4" else plain
 
 
@@ -79,7 +85,9 @@ class Bench:
         if self.task == "classification":
             names.insert(0, HEAD_ONLY)
         plain = [Row(name, self.precision, *self._options(name)) for name in names]
-        return [*plain, *(Row(name, "nf4", *self._options(name)) for name in ("lora", "lst"))]
+        packed = [Row(name, "nf4", *self._options(name)) for name in ("lora", "lst")]
+        loftq = Row("lora", "nf4", {"loftq": LOFTQ}, f"lora, begun by {LOFTQ} rounds of LoftQ", "loftq")
+        return [*plain, *packed, loftq]
 
     def _options(self, name: str) -> tuple[Mapping[str, Any], str]:
         prompts = [str(self.folder / "prompts" / other) for other in OTHERS]

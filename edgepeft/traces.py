@@ -273,7 +273,7 @@ def _pool() -> concurrent.futures.ProcessPoolExecutor:
 
     cores = len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(cores, mp_context=context, initializer=_one_thread)
+    return concurrent.futures.ProcessPoolExecutor(cores, mp_context=context, initializer=_ready)
 
 
 def _kept(
@@ -316,10 +316,22 @@ def _stored(configuration: Configuration) -> Surface | None:
     return None
 
 
-def _one_thread() -> None:
+def _ready() -> None:
+    """Prepare a process that traces: it takes one core, and ends when the process that started it was killed."""
+    import multiprocessing
+    import threading
+
     import torch
 
     torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _path(configuration: Configuration) -> Path:

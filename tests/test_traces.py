@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -145,3 +146,27 @@ def test_evidence_that_disagrees_is_shown_from_both_sides() -> None:
     survey, metamath = evidence.of("ln_tuning")
     assert "t5-11b 73.8" in survey and "0.0% to 0.0%" in metamath
     assert set(evidence.sources()) == {"survey", "metamath"} and evidence.of("galore") == []
+
+
+def test_a_stage_that_updates_nothing_is_not_planned() -> None:
+    """Prefixes are trained through an MLP; the stage that drops it takes none of the training's memory or time."""
+    found = extrapolate.surface(traces.usual("minilm-l6", "prefix_tuning", "bf16", cuda=False))
+    assert {name for name in found.phases if name.endswith("forward+backward")} == {"train: forward+backward"}
+    _, held = found.at(1, ["checkpoint"])
+    assert held["adapter"] > 4 * traces.fields("minilm-l6")["hidden_size"] * 512, "with the MLP that is trained"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_processes_that_trace_end_with_their_parent() -> None:
+    code = (
+        "import os, time\nfrom edgepeft import traces\n"
+        "if __name__ == '__main__': print(traces._pool().submit(os.getpid).result(), flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = Path(f"/proc/{int(parent.stdout.readline())}")
+        parent.kill()
+    end = time.monotonic() + 60
+    while child.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not child.exists()
