@@ -91,14 +91,17 @@ def profile(each: Hardware) -> None:
 def methods(found: Sequence[Mapping[str, Any]]) -> None:
     """All methods, a line each, by the survey's taxonomy."""
     table = Table("method", "merges", *_SAVED, box=None, header_style="bold", expand=True)
-    table.add_column("paper", no_wrap=True, ratio=1)  # cut where there is no room
+    table.add_column("paper", no_wrap=True, ratio=1)  # its title is cut where there is no room
     for kind in dict.fromkeys(each["kind"] for each in found):
         table.add_section()
         table.add_row(kind, style="bold")
         for each in (each for each in found if each["kind"] == kind):
             names = ", ".join([each["name"], *(f"{alias} (on {at})" for alias, at in each["aliases"].items())])
             marks = ["✓" if holds else "" for holds in (each["merges"], *(kind in each["saves"] for kind in _SAVED))]
-            table.add_row(f" {names}", *marks, each["paper"])
+            title, _, source = each["paper"].rpartition(" (")
+            year, _, where = source.partition("), ")
+            place = where if where.endswith(year) else f"{where} ({year})"
+            table.add_row(f" {names}", *marks, f"{place}: {title}")
     Console(width=max(_screen.width, 120)).print(table)
     _screen.print(
         "merges: nothing is left of it at inference. disk, memory, backpropagation: what it saves, compared with full "
