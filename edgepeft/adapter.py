@@ -26,6 +26,9 @@ class Card:
     """What an adapter belongs to (adapter.json)."""
 
     method: str
+    version: int = 1
+    """Of the method, see ``methods.base.Method``."""
+
     options: dict[str, Any]
     model: str
     task: str
@@ -44,6 +47,7 @@ def card(method: Method, *, model: str, task: str, precision: str, labels: tuple
     """The card of an adapter of ``method``."""
     return Card(
         method=method.name,
+        version=method.version,
         options=asdict(method),
         model=model,
         task=task,
@@ -90,9 +94,12 @@ def read_card(directory: Path) -> Card:
     return Card(labels=None if labels is None else tuple(labels), **values)
 
 
+_LATER = ("edgepeft", "version")  # not in the first cards
+
 # What the card's entries are in JSON.
 _CARD: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("method", "model", "task", "precision", "edgepeft"), (str,)),
+    "version": (int,),
     "options": (dict,),
     "labels": (list, type(None)),
     "seed": (int,),
@@ -104,7 +111,7 @@ def _wrong(values: Any) -> str:
     if not isinstance(values, dict):
         return "It is no JSON object."
     for name, kinds in _CARD.items():
-        if name not in values and name != "edgepeft":
+        if name not in values and name not in _LATER:
             return f"It has no {name!r}."
         if name in values and not isinstance(values[name], kinds):
             return f"Its {name!r} is {values[name]!r}."
@@ -130,6 +137,11 @@ def check(directory: Path, method: Method, model: str) -> None:
         cause = f"It was trained on {card.model}, and this is {model}."
     elif card.method != method.name:
         cause = f"It is one of {card.method}, and this is {method.name}."
+    elif card.version != method.version:
+        cause = (
+            f"It is of version {card.version} of {method.name}, by edgepeft {card.edgepeft}, and this is version "
+            f"{method.version}, which would compute something else with it."
+        )
     elif differing:
         name = differing[0]
         here = f"here it is {wanted[name]!r}" if name in wanted else f"this {method.name} has no such option"
@@ -139,7 +151,9 @@ def check(directory: Path, method: Method, model: str) -> None:
     raise UsageError(
         f"The adapter in {directory} does not belong to this run.",
         cause,
-        f"Its {CARD} says what it belongs to: put that into recipe.toml, or train again in another folder.",
+        f"Its {CARD} says what it belongs to: put that into recipe.toml, or train again in another folder."
+        if card.version == method.version
+        else f"Use edgepeft {card.edgepeft} for it, or train again in another folder.",
     )
 
 

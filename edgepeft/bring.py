@@ -51,7 +51,7 @@ def begin(source: Path, out: Path, *, data: str, model: str | None = None) -> tu
                 "They are made again from its run's recipe, which names their configuration.",
                 "Merge and export the run itself: edgepeft merge RUN, edgepeft export RUN.",
             )
-        base.create(card.method, card.options)
+        adapter.check(space.adapter, base.create(card.method, card.options), card.model)
         task_of(data, task=card.task)
         chosen = Recipe(
             model=card.model,

@@ -90,6 +90,19 @@ def test_an_adapter_of_another_backbone_or_version_is_refused(
     assert part in caught.value.cause and caught.value.remedy
 
 
+def test_an_adapter_of_another_version_of_its_method_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first cards had no version: they are of the first."""
+    method = tiny.method("lora", rank=2)
+    card = json.loads((saved / adapter.CARD).read_text())
+    assert card.pop("version") == 1
+    (saved / adapter.CARD).write_text(json.dumps(card))
+    adapter.check(saved, method, "m")
+    monkeypatch.setattr(type(method), "version", 2)
+    with pytest.raises(UsageError, match="does not belong to this run") as caught:
+        adapter.check(saved, method, "m")
+    assert "version 1 of lora" in caught.value.cause and "Use edgepeft" in caught.value.remedy
+
+
 def test_a_card_that_says_more_than_this_version_knows_is_of_another_one(saved: Path) -> None:
     card = json.loads((saved / adapter.CARD).read_text())
     (saved / adapter.CARD).write_text(json.dumps({**card, "edgepeft": "9.1", "revision": "main"}))

@@ -57,6 +57,7 @@ class Method(ABC):
 
     paper: ClassVar[Paper]
     kind: ClassVar[Kind]
+    version: ClassVar[int] = 1  # raised when adapters of before would compute something else
     merges: ClassVar[bool] = True
     writes_backbone: ClassVar[bool] = False  # needs weights that are not packed
     backpropagates: ClassVar[bool] = True  # through the backbone, so that checkpointing its activations saves memory
