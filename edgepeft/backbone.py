@@ -195,7 +195,7 @@ def load(
     with _refusing_unloadable(source), _quietly():
         model, info = loader.from_pretrained(source.location, output_loading_info=True, **options)
     if source.gguf:
-        model = _without_gguf_traces(model, dtype)
+        _forget_gguf(model)
     if padding is not None and task == "classification" and default_task(model.config) == "causal-lm":
         model.config.pad_token_id = padding
     missing, misshapen = set(info["missing_keys"]), {name for name, *_ in info["mismatched_keys"]}
@@ -347,15 +347,11 @@ def linearize(model: nn.Module) -> None:
         model.set_submodule(name, linear)
 
 
-def _without_gguf_traces(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def _forget_gguf(model: PreTrainedModel) -> None:
     """transformers marks a model read from GGUF as quantised and refuses to save it; the tensors are plain."""
-    config = type(model.config).from_dict(
-        {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    )
-    plain = type(model)._from_config(config, dtype=dtype)
-    plain.load_state_dict(model.state_dict())
-    plain.generation_config = model.generation_config
-    return plain
+    for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
+        vars(model).pop(mark, None)
+    del model.config.quantization_config
 
 
 def _gguf(source: Source) -> dict[str, str]:
