@@ -40,7 +40,9 @@ def target_logits(graphs: Graphs, batch: Arrays) -> NDArray[np.float32]:
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     if "labels" in batch:
-        return graphs["model"].run({"input_ids": ids, "attention_mask": mask})["logits"].numpy()
+        texts = [row[real > 0][None] for row, real in zip(ids, mask, strict=True)]
+        feeds = [{"input_ids": text, "attention_mask": np.ones_like(text)} for text in texts]
+        return np.concatenate([graphs["model"].run(feed)["logits"].numpy() for feed in feeds])
     predicting = batch.get("decoder_input_ids", ids)
     rows, positions = np.divmod(batch["target_positions"], predicting.shape[1])
     found = []
