@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +16,7 @@ from tiny_graphs import exported, graphs, model, task
 from edgepeft.evaluate import evaluate, sample_logits
 from edgepeft.export import parity
 from edgepeft.ledger import Row
-from edgepeft.runtime.sessions import open_graphs
+from edgepeft.runtime.sessions import Graph, open_graphs
 
 
 @pytest.mark.parametrize("name", ("bert", "llama", "t5"))
@@ -56,6 +57,21 @@ def test_outputs_that_are_not_numbers_are_neither_right_nor_equal(tmp_path: Path
     row = Row(artefact="onnx-int8", metrics=found.metrics, deviation=found.deviation)
     assert parity.keeps_fine_tune("classification", row, row, None)
     assert "nan" in parity.same_function(row)
+
+
+def test_texts_are_classified_one_at_a_time_without_their_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of training's would take memory that the plan of an export does not count, and no device does it."""
+    batch = {key: value.numpy() for key, value in tiny.batch("bert", 4).items()}
+    fed: list[tuple[int, ...]] = []
+    run = Graph.run
+
+    def noted(graph: Graph, feed: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
+        fed.append(feed["input_ids"].shape)
+        return run(graph, feed)
+
+    monkeypatch.setattr(Graph, "run", noted)
+    parity.target_logits(graphs("bert"), batch)
+    assert fed == [(1, length) for length in batch["attention_mask"].sum(1)]
 
 
 @pytest.mark.parametrize(
