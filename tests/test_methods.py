@@ -214,13 +214,13 @@ def train_with(model: nn.Module, method: Method, optimizer: torch.optim.Optimize
 
 @pytest.mark.parametrize(("name", "family"), EVERYWHERE)
 def test_is_traced_on_fake_tensors(name: str, family: str) -> None:
-    """Every stage of it, with as many bytes of adapter as the real model has at the end."""
+    """Every stage that trains, with as many bytes of adapter in the end as the real model has."""
     needs(name, family)
     at = "nf4" if trainable_at(name, "nf4") else "bf16"
     made, method = tiny.adapted(family, name, at)
     plain = {n for n, _ in tiny.load(family, at).model.named_parameters()}
     added = sum(p.nbytes for n, p in made.model.named_parameters() if p.requires_grad and n not in plain)
-    peaks = probe.peaks(
+    found = probe.record(
         probe.Configuration(
             model=probe.as_fields(tiny.configuration(family)),
             task=made.task,
@@ -235,10 +235,14 @@ def test_is_traced_on_fake_tensors(name: str, family: str) -> None:
             accumulates=not method.updates_in_backward,
             cuda=False,
             bf16=True,
-        )
+        ),
+        whole=True,
     )
-    assert len(peaks) >= 2 * len(method.stages())
-    assert list(peaks.values())[-1].bytes["adapter"] == added
+    peaks = found.tracker.peaks()
+    training = [stage for stage in method.stages() if stage.updates != 0]
+    for phase in ("forward+backward", "update"):
+        assert sum(name.endswith(phase) for name in peaks) == len(training)
+    assert peaks["evaluation"].bytes["adapter"] == added
 
 
 EXPORTS = [(n, family) for n in NAMES for family in FAMILIES if not base.find(n).merges or family == home(n)]
