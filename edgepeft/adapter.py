@@ -133,6 +133,7 @@ def check(directory: Path, method: Method, model: str) -> None:
         **card.options,
     }
     differing = sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != _plain(stored.get(name)))
+    remedy = f"Its {CARD} says what it belongs to: put that into recipe.toml, or train again in another folder."
     if card.model != model:
         cause = f"It was trained on {card.model}, and this is {model}."
     elif card.method != method.name:
@@ -142,19 +143,14 @@ def check(directory: Path, method: Method, model: str) -> None:
             f"It is of version {card.version} of {method.name}, by edgepeft {card.edgepeft}, and this is version "
             f"{method.version}, which would compute something else with it."
         )
+        remedy = f"Use edgepeft {card.edgepeft} for it, or train again in another folder."
     elif differing:
         name = differing[0]
         here = f"here it is {wanted[name]!r}" if name in wanted else f"this {method.name} has no such option"
         cause = f"It was trained with {name} = {stored[name]!r}, by edgepeft {card.edgepeft}, and {here}."
     else:
         return
-    raise UsageError(
-        f"The adapter in {directory} does not belong to this run.",
-        cause,
-        f"Its {CARD} says what it belongs to: put that into recipe.toml, or train again in another folder."
-        if card.version == method.version
-        else f"Use edgepeft {card.edgepeft} for it, or train again in another folder.",
-    )
+    raise UsageError(f"The adapter in {directory} does not belong to this run.", cause, remedy)
 
 
 def _plain(value: Any) -> Any:

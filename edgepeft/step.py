@@ -32,14 +32,14 @@ def outputs(model: nn.Module, batch: Batch) -> Tensor:
     return model(**inputs(batch)).logits if "labels" in batch else answer_states(model, batch)
 
 
-def loss_of(model: nn.Module, batch: Batch, found: Tensor) -> Tensor:
+def loss_of(model: Any, batch: Batch, found: Tensor) -> Tensor:
     """Cross-entropy in nats of ``outputs``, summed over the batch's targets.
 
     Token logits exist only at target positions, a chunk at a time.
     """
     if "labels" in batch:
         return F.cross_entropy(found.float(), batch["labels"], reduction="sum")
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
     softcap = getattr(model.config, "final_logit_softcapping", None)
     return linear_cross_entropy(found, head.weight, head.bias, batch["target_ids"], softcap)
 

@@ -245,7 +245,8 @@ def _trace(
         if crash is None:
             found = list(_kept(job, future.result()))
         else:
-            _pool.cache_clear()  # it may be the pool that is broken
+            if isinstance(crash, concurrent.futures.BrokenExecutor):
+                _pool.cache_clear()  # the next trace has new processes
             what = f"{job[0].method} at {job[0].precision}"
             lost = f"{type(crash).__name__}: {crash}"
             found = [EdgePeftError(f"{what} could not be traced.", lost, "Please report it.")] * len(job)

@@ -108,7 +108,10 @@ def written_out(each: Bottleneck) -> Part:
 def told(name: str, bottlenecks: list[Bottleneck]) -> Told:
     """The method's paper in a line each."""
     first, last = written_out(bottlenecks[0]), written_out(bottlenecks[-1])
-    same: Part = lambda h: h  # noqa: E731
+
+    def same(h: Tensor) -> Tensor:
+        return h
+
     if name == "houlsby":
         return lambda h: h + first(h), lambda h, x: h + last(h), lambda s, norm: norm(s)
     if name == "pfeiffer":

@@ -10,9 +10,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import sweep  # noqa: E402
-import tuning  # noqa: E402
-from edgepeft.methods import base  # noqa: E402
+import sweep
+import tuning
+from edgepeft.methods import base
 
 Losses = dict[float, float]
 

@@ -15,7 +15,7 @@ from edgepeft.ledger import Row
 from edgepeft.runtime import decode
 from edgepeft.runtime.sessions import Graph
 
-FP32_TOLERANCE = 1e-4  # relative: the same arithmetic in another order; measured exports are at 7e-7 to 2e-6
+FP32_TOLERANCE = 1e-4  # relative: the same arithmetic in another order; measured exports are at 7e-7 to 3e-6
 FP32_SAME_TOKENS = 0.5  # two likeliest tokens may tie, and all after them differ; a wrong cache spares no prompt
 KEPT_GAIN = 0.5  # share of what fine-tuning gained that a quantised variant must keep, or the fine-tune counts as lost
 PREFILL, DECODE = 32, 24  # tokens of the latency measurement

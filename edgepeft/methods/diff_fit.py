@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +48,10 @@ class DiffFit(Method):
 class _Scale(delta.Delta):
     """y → γ ∘ y with γ (out,) in fp32."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: Any) -> None:
         super().__init__()
         some = next(iter([*linear.parameters(), *linear.buffers()]))
-        self.scale = nn.Parameter(torch.ones(int(linear.out_features), device=some.device))  # type: ignore[arg-type]
+        self.scale = nn.Parameter(torch.ones(linear.out_features, device=some.device))
 
     def forward(self, x: Tensor, output: Tensor, linear: nn.Module) -> Tensor:
         return output * self.scale.to(output.dtype)

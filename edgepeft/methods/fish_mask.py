@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +84,7 @@ class _Squares(torch.optim.Optimizer):
         self.others = [p for p in model.parameters() if p.requires_grad and id(p) not in set(map(id, measured))]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:  # the optimizers' own signature is overloaded
         """Add the squares of the gradients."""
         for parameter, total in self.measured:
             if parameter.grad is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +81,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self.betas, self.eps = betas, eps
         self._hooks = [p.register_post_accumulate_grad_hook(self._update) for p in parameters]
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:  # the optimizers' own signature is overloaded
         """Nothing: parameters were updated in backward."""
 
     @torch.no_grad()

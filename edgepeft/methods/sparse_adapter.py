@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class Sensitivity(torch.optim.Optimizer):
         self.projections = [module for module in model.modules() if isinstance(module, Projection)]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:  # the optimizers' own signature is overloaded
         for each in self.projections:
             assert each.weight.grad is not None, "backward ran"
             each.get_buffer("sensitivity").copy_((each.weight * each.weight.grad).abs())

@@ -42,7 +42,7 @@ class AdamW(torch.optim.Optimizer):
         self._codes = [torch.tensor(code, device=device) for code in codes()]  # no part of the state
 
     @torch.no_grad()
-    def step(self, closure: object = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:  # the optimizers' own signature is overloaded
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:

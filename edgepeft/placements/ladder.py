@@ -71,9 +71,10 @@ class Rung(nn.Module):
         self.stride, self.cache_index = stride, cache_index
         self.gate = nn.Parameter(torch.zeros((), device=down.weight.device, dtype=down.weight.dtype))
         self.beside = 0  # the backbone layer's own place in that cache
+        module: Any
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                self.beside, module.layer_idx = module.layer_idx, cache_index  # type: ignore[assignment]
+                self.beside, module.layer_idx = module.layer_idx, cache_index
 
     def forward(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The next side state, from the backbone layer's output (batch, tokens, hidden) and its own arguments."""
@@ -152,9 +153,9 @@ def bridge(final_norm: nn.Module, link: Bridge) -> None:
     final_norm.register_forward_hook(_cross)
 
 
-def split_widening(layer: nn.Module, ladder: Ladder, width: int) -> None:
+def split_widening(layer: Any, ladder: Ladder, width: int) -> None:
     """Show a backbone decoder layer the first ``width`` features of widened encoder states, the ladder the rest."""
-    layer.widening = (ladder, width)  # type: ignore[assignment]
+    layer.widening = (ladder, width)
     layer.register_forward_pre_hook(_narrow_encoder_states, with_kwargs=True)
 
 
@@ -192,12 +193,12 @@ def _cross(norm: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     return torch.cat([output, link.norm(state)], dim=-1)
 
 
-def _narrow_encoder_states(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def _narrow_encoder_states(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     given = named(layer, args, kwargs)
     given.pop("self")
     wide = given.get("encoder_hidden_states")
     if wide is not None:  # the backbone's part is frozen: detached, so that no graph grows through its cross-attention
-        ladder, width = layer.widening  # type: ignore[misc]
+        ladder, width = layer.widening
         ladder.encoder = wide[..., width:]
         given["encoder_hidden_states"] = wide.detach()[..., :width]
     return (), given

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def shift(decoder: nn.Module, length: int) -> None:
+def shift(decoder: Any, length: int) -> None:
     """Number the tokens that a decoder reads from ``length`` on."""
-    decoder.positions_before = length  # type: ignore[assignment]
+    decoder.positions_before = length
     decoder.register_forward_pre_hook(_shift, with_kwargs=True)
 
 

@@ -52,13 +52,13 @@ def own(model: nn.Module, anatomy: Anatomy) -> list[str]:
     return [name for name, _ in model.named_parameters() if any(name.startswith(f"{part}.") for part in parts)]
 
 
-def own_but_logits(model: nn.Module, anatomy: Anatomy) -> list[str]:
+def own_but_logits(model: Any, anatomy: Anatomy) -> list[str]:
     """``own`` without the matrix that makes token logits, which most models also read tokens with.
 
     Every step moves all its rows a little, those of tokens that never occur too: by how far they moved, its entries
     win over all others, and training them changes next to nothing.
     """
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
     logits = None if head is None else head.weight
     parameters = dict(model.named_parameters())
     return [name for name in own(model, anatomy) if parameters[name] is not logits]
@@ -83,9 +83,10 @@ def recast(model: nn.Module, dtype: torch.dtype) -> None:
 
 def fold(model: nn.Module) -> None:
     """Replace every master by a plain parameter of the master's own precision."""
+    module: Any
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
-            for leaf, chain in list(module.parametrizations.items()):  # type: ignore[union-attr, operator]
+            for leaf, chain in list(module.parametrizations.items()):
                 if isinstance(chain[0], _Master):
                     parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
 
