@@ -12,7 +12,6 @@ from tuning import Bench, Row
 
 FACTORS = (3.0, 10.0, 1.0)  # of the method's own rate; papers train for longer than here, so not below it at first
 BEYOND = {1.0: 0.3, 10.0: 30.0}  # tried when the best is at an end
-BEFORE = {"adalora": 2e-3, "adamix": 1e-3, "phm_adapter": 1e-3}  # methods' own rates, changed since runs were made
 Key = tuple[float, int]  # factor and seed
 
 
@@ -23,7 +22,7 @@ def path_of(bench: Bench, row: Row, factor: float, seed: int) -> Path:
 
 def rate(bench: Bench, row: Row, factor: float) -> float:
     """The learning rate of a row's runs at a factor."""
-    return factor * bench.scale * BEFORE.get(row.method, base.find(row.method).learning_rate)
+    return factor * bench.scale * base.find(row.method).learning_rate
 
 
 def found(bench: Bench, row: Row) -> dict[Key, dict[str, Any]]:
