@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import sweep
