@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from edgepeft import precision, probe
+from edgepeft import largest, precision, probe
 from edgepeft.backbone import skeleton
 from edgepeft.methods import base
 from edgepeft.step import TrainingStep
@@ -102,7 +102,7 @@ def _measured(configuration: Configuration) -> int:
         method = base.create(configuration.method, configuration.options)
         made = skeleton(config, task=configuration.task, at=configuration.precision, labels=2, pack=method.pack)
         base.apply(method, made)
-        batch = probe.example_batch(configuration)
+        batch = largest.batch(configuration)
         batch["attention_mask"][0, -1] = 0  # without any padding transformers drops the mask, and what it takes
         for number, stage in enumerate(method.stages()):
             if number:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from edgepeft import ledger
+from edgepeft.answers import TOKENS, Questions, greedy, stops
 from edgepeft.backbone import positions
 from edgepeft.data import Data
 from edgepeft.errors import EdgePeftError
-from edgepeft.evaluate import evaluate, sample_logits
+from edgepeft.evaluate import evaluate, sample_logits, validation_batches
 from edgepeft.export import genai, onnx, parity, quantize
 from edgepeft.export.package import package
 from edgepeft.files import size_bytes
@@ -24,10 +24,9 @@ from edgepeft.methods import base
 from edgepeft.recipe import Recipe
 from edgepeft.runtime.sessions import open_graphs
 from edgepeft.step import Batch
-from edgepeft.train import validation_batches
 from edgepeft.workspace import Workspace
 
-PROMPTS, TOKENS = 8, 24  # generated and compared
+PROMPTS = 8  # answered and compared
 UNBOUNDED = 4096  # tokens a device accepts for a model whose positions have no end (T5)
 
 
@@ -35,7 +34,6 @@ def deploy(
     load: Callable[[], Any],
     recipe: Recipe,
     data: Data,
-    tokenizer: PreTrainedTokenizerBase,
     space: Workspace,
     say: Callable[[str], None],
 ) -> Path:
@@ -64,15 +62,16 @@ def deploy(
     best = choose(rows)
     shipped = {name: _marked(row, name == best) for name, row in rows.items()}
     ledger.record(space.ledger, *shipped.values())
+    gate.questions.note(space.answers, device=gate.answers.get(best, []))
     package(
         graphs=space.onnx / best,
-        tokenizer=tokenizer,
+        tokenizer=data.tokenizer,
         task=data.task,
         labels=data.labels or None,
         template=data.template,
         eos_token_ids=gate.stops,
         decoder_start_token_id=gate.start,
-        max_tokens=_longest(gate.config, recipe),
+        max_tokens=gate.longest,
         name=recipe.model,
         method=recipe.method or "",
         variant=best,
@@ -126,13 +125,12 @@ class _Gate:
         self.torch_batches: list[Batch] = validation_batches(data, replace(recipe, microbatch=size))
         self.batches = [{name: value.numpy() for name, value in batch.items()} for batch in self.torch_batches]
         self.start: int | None = model.config.decoder_start_token_id if data.task == "seq2seq" else None
-        self.stops = _stops(model)
-        count = min(PROMPTS, len(data.validation))
-        self.prompts = (
-            [] if data.task == "classification" else [e.prompt_ids for e in data.validation.examples(range(count))]
-        )
+        self.stops = stops(model)
+        self.questions = Questions.of(data, PROMPTS)
+        self.answers: dict[str, list[str]] = {}
+        self.longest = _longest(self.config, recipe)
         self.tuned = Row(artefact="tuned", metrics=evaluate(model, self.torch_batches))
-        self.expected: list[list[int]] = [self._torch_tokens(prompt) for prompt in self.prompts]
+        self.expected = [greedy(model, *asked, self.stops) for asked in self._asked()]
 
     def measure(self, variant: str) -> Row:
         graphs = open_graphs(self.space.onnx / variant, self.data.task)
@@ -144,7 +142,8 @@ class _Gate:
         if not np.isfinite(list(found.metrics.values())).all():  # it cannot generate, and JSON has no NaN
             size = size_bytes(self.space.onnx / variant)
             return Row(artefact=f"onnx-{variant}", bytes=size, kept=False, note="Its outputs are not numbers.")
-        tokens = [parity.generate(graphs, prompt, TOKENS, self.stops, self.start) for prompt in self.prompts]
+        tokens = [parity.generate(graphs, *asked, self.stops, self.start) for asked in self._asked()]
+        self.answers[variant] = self.questions.texts(tokens)
         latency, speed = parity.speed(graphs, self.data.task, self.start)
         row = Row(
             artefact=f"onnx-{variant}",
@@ -153,30 +152,21 @@ class _Gate:
             latency_ms=latency,
             tokens_per_second=speed,
             deviation=found.deviation,
-            same_tokens=parity.same_tokens(self.expected, tokens) if self.prompts else None,
+            same_tokens=parity.same_tokens(self.expected, tokens) if tokens else None,
         )
         base = ledger.find(self.space.ledger, "base")
         note = parity.same_function(row) if variant == "fp32" else ""
         note = note or parity.keeps_fine_tune(self.data.task, row, self.tuned, base)
         return Row(**{**vars(row), "kept": not note, "note": note})
 
+    def _asked(self) -> Iterator[tuple[list[int], int]]:
+        """Prompts, and how many tokens after each are compared: more than a short answer has, as a cache errs late."""
+        for example in self.questions.examples:
+            yield example.prompt_ids, min(TOKENS, self.longest - (len(example.prompt_ids) if self.start is None else 0))
+
     @torch.no_grad()
     def _torch_logits(self, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         return sample_logits(self.model, [self.torch_batches[index]])[0].numpy()
-
-    @torch.no_grad()
-    def _torch_tokens(self, prompt: Sequence[int]) -> list[int]:
-        ids = torch.tensor([list(prompt)], device=self.model.device)
-        made = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=TOKENS,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=self.stops or None,
-            pad_token_id=(self.stops or [0])[0],
-        )[0].tolist()
-        return made[1:] if self.data.task == "seq2seq" else made[len(prompt) :]
 
 
 def _longest(configuration: Any, recipe: Recipe) -> int:
@@ -186,13 +176,6 @@ def _longest(configuration: Any, recipe: Recipe) -> int:
         return UNBOUNDED
     assert recipe.method is not None
     return most - base.create(recipe.method, recipe.options).positions(configuration)
-
-
-def _stops(model: Any) -> list[int]:
-    """Tokens that end an answer, as the model's generation settings have it."""
-    found = getattr(model, "generation_config", None)
-    ends = found.eos_token_id if found is not None and found.eos_token_id is not None else model.config.eos_token_id
-    return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [int(ends)]
 
 
 def _marked(row: Row, shipped: bool) -> Row:

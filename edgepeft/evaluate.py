@@ -10,7 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgepeft.cross_entropy import chunks
+from edgepeft.data import Data
+from edgepeft.data.batches import sample
 from edgepeft.ranks import ALONE, Ranks
+from edgepeft.recipe import Recipe
 from edgepeft.step import Batch, answer_states, inputs, targets
 
 PRIMARY = {"classification": "accuracy", "causal-lm": "loss", "seq2seq": "loss"}
@@ -23,6 +26,13 @@ def better(task: str, metrics: dict[str, float], best: dict[str, float] | None) 
     if task == "classification" and metrics["accuracy"] != best["accuracy"]:
         return metrics["accuracy"] > best["accuracy"]
     return metrics["loss"] < best["loss"]
+
+
+def validation_batches(data: Data, recipe: Recipe) -> list[Batch]:
+    """The examples every evaluation of a run uses, in microbatches."""
+    size = recipe.microbatch or 1
+    order = sample(len(data.validation), recipe.validation_limit, seed=recipe.seed)
+    return [data.validation.collate(list(order[first : first + size])) for first in range(0, len(order), size)]
 
 
 @torch.no_grad()

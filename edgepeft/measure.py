@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from edgepeft import backbone, machine, precision, probe, roofline
+from edgepeft import backbone, largest, machine, precision, probe, roofline
 from edgepeft.files import write_text
 from edgepeft.hardware import Hardware
 from edgepeft.methods import base
@@ -201,7 +201,7 @@ class _Step:
             penalty=method.penalty,
             after_update=method.after_update,
         )
-        batch = probe.example_batch(configuration)
+        batch = largest.batch(configuration)
         batch["attention_mask"][0, -1] = 0  # without any padding transformers drops the mask, and what it takes
         self.batch = {name: value.to(device) for name, value in batch.items()}
         self.accumulates = configuration.accumulates and not method.updates_in_backward

@@ -16,13 +16,14 @@ from edgepeft import adapter, backbone, bring, counts, data, deploy, ledger, mac
 from edgepeft import merge as merging
 from edgepeft import recipe as recipes
 from edgepeft import train as training
+from edgepeft.answers import Questions
 from edgepeft.aside import device_after
 from edgepeft.backbone import Backbone, Source
 from edgepeft.candidate import usable_microbatch
 from edgepeft.catalog.fields import positions_left
 from edgepeft.data.tokens import pad_id
 from edgepeft.errors import UsageError
-from edgepeft.evaluate import evaluate
+from edgepeft.evaluate import evaluate, validation_batches
 from edgepeft.files import size_bytes, write_json
 from edgepeft.hardware import load as load_hardware
 from edgepeft.heap import ample
@@ -82,19 +83,11 @@ class _Job:
             eight_bit.check(self.hardware.kind)
         self.source: Source = backbone.resolve(wanted.model)
         self.config = backbone.config(self.source, trust_remote_code=wanted.trust_remote_code)
-        self.tokenizer = backbone.tokenizer(self.source, trust_remote_code=wanted.trust_remote_code)
+        tokenizer = backbone.tokenizer(self.source, trust_remote_code=wanted.trust_remote_code)
         self.recipe = dataclasses.replace(wanted, max_tokens=self._max_tokens(wanted))
         if self.recipe.method is not None:  # refuse what cannot be trained before the data is read
             method = base.create(self.recipe.method, self.recipe.options)
-            method.check_devices(self.recipe.devices)
-            if self.recipe.precision is not None:
-                method.check(self.recipe.precision)
-            if self.recipe.checkpointing:
-                method.check_checkpointing()
-            if self.recipe.optimizer is not None:
-                method.check_optimizer(self.recipe.optimizer)
-            if self.recipe.microbatch is not None:
-                schedule.check(self.recipe, method)
+            schedule.check(self.recipe, method)
             if until == "export":
                 method.check_export()
             if not self.space.recipe.exists():  # a run that has one was planned
@@ -102,7 +95,7 @@ class _Job:
                 probe.refuse(probe.as_fields(self.config), task, method)
         self.data = data.load(
             self.recipe.data,
-            tokenizer=self.tokenizer,
+            tokenizer=tokenizer,
             cache=self.space.cache,
             task=self.recipe.task,
             columns=self.recipe.columns,
@@ -112,6 +105,7 @@ class _Job:
             max_tokens=self.recipe.max_tokens or DEFAULT_TOKENS,
             max_target_tokens=self.recipe.max_target_tokens,
         )
+        self.questions = Questions.of(self.data)
         self.recipe = dataclasses.replace(self.recipe, task=self.data.task)
         self._describe_data()
 
@@ -202,6 +196,7 @@ class _Job:
                 stages=done.stages,
             )
             ledger.record(self.space.ledger, row)
+            self.questions.note(self.space.answers, tuned=done.answers)
         self.say(f"train: {_shown(done.metrics)}")
         del plain
         gc.collect()
@@ -209,8 +204,9 @@ class _Job:
     def _measure_base(self, plain: Backbone, ranks: Ranks = ALONE) -> None:
         if ledger.find(self.space.ledger, "base") is None:
             self.say("base: measuring the model as it is")
-            found = evaluate(plain.model, training.validation_batches(self.data, self.recipe), ranks)
+            found, answers = self._judged(plain.model, ranks)
             if ranks.first:
+                self.questions.note(self.space.answers, base=answers)
                 ledger.record(self.space.ledger, Row(artefact="base", metrics=found, kept=False))
 
     def _measure_brought(self) -> None:
@@ -218,10 +214,10 @@ class _Job:
         self._after_training()
         if self.data.labels and (note := bring.check_labels(self.space, self.data)):
             self.say(note)
-        found = evaluate(  # first: an adapter that does not belong to the model is refused before work begins
-            self._trained(self._needs("precision")).model, training.validation_batches(self.data, self.recipe)
-        )
+        # First: an adapter that does not belong to the model is refused before work begins.
+        found, answers = self._judged(self._trained(self._needs("precision")).model)
         self._measure_base(self._load(self._needs("precision")))
+        self.questions.note(self.space.answers, tuned=answers)
         ledger.record(self.space.ledger, Row(artefact="adapter", metrics=found, bytes=size_bytes(self.space.adapter)))
         self.say(f"adapter: trained elsewhere; {_shown(found)}")
 
@@ -244,8 +240,8 @@ class _Job:
                 self._trained,
                 self._needs("precision"),
                 method,
-                batches=training.validation_batches(self.data, self.recipe),
-                tokenizer=self.tokenizer,
+                batches=validation_batches(self.data, self.recipe),
+                tokenizer=self.data.tokenizer,
                 out=self.space.merged,
                 phases=held,
             )
@@ -269,7 +265,7 @@ class _Job:
             self.say("export: done before")
             return
         self.device = device_after("export", self.hardware, self._planned(), self.say)
-        deploy.deploy(self._whole, self.recipe, self.data, self.tokenizer, self.space, self.say)
+        deploy.deploy(self._whole, self.recipe, self.data, self.space, self.say)
         self._note_memory({})
         self.space.finish("export", inputs)
 
@@ -294,7 +290,7 @@ class _Job:
     def _beside(self) -> None:
         """What an adapter that does not merge changed, and how fast the backbone reads with it and without."""
         row = ledger.find(self.space.ledger, "adapter") or Row(artefact="adapter")
-        at, batches = self._needs("precision"), training.validation_batches(self.data, self.recipe)
+        at, batches = self._needs("precision"), validation_batches(self.data, self.recipe)
         found = merging.beside(lambda: self._trained(at).model, lambda: self._load(at).model, batches)
         ledger.record(self.space.ledger, dataclasses.replace(row, counts={**row.counts, **found}))
 
@@ -368,7 +364,7 @@ class _Job:
             device=self.device,
             labels=self.data.labels or None,
             seed=self.recipe.seed,
-            padding=pad_id(self.tokenizer),
+            padding=pad_id(self.data.tokenizer),
             trust_remote_code=self.recipe.trust_remote_code,
             pack=pack,
         )
@@ -386,6 +382,10 @@ class _Job:
         method = base.create(self._needs("method"), self.recipe.options)
         adapter.check(self.space.adapter, method, self.recipe.model)
         return fingerprint(self.space.adapter / adapter.TENSORS, self.space.training_inputs(self.recipe))
+
+    def _judged(self, model: Any, ranks: Ranks = ALONE) -> tuple[dict[str, float], list[str]]:
+        """Metrics of a model on the held-out examples, and its answers to some."""
+        return evaluate(model, validation_batches(self.data, self.recipe), ranks), self.questions.answered(model)
 
     def _needs(self, name: str) -> str:
         value: str | None = getattr(self.recipe, name)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from edgepeft import precision, work
+from edgepeft import largest, precision, work
 from edgepeft import step as training
 from edgepeft.backbone import Backbone, Packing, skeleton
 from edgepeft.catalog.fields import at_depth, depth
@@ -62,7 +62,8 @@ def recordings(configuration: Configuration, checkpointing: Sequence[bool], *, w
     """Trace the configuration at each wanted value of its ``checkpointing``, and once what that does not change.
 
     Phases: ``loading``, ``forward+backward`` and ``update`` (of every stage, in the steady state) and, if ``whole``,
-    ``evaluation`` at the training's microbatch and ``merge``, which ends in fp32 and includes its own evaluations.
+    ``evaluation`` at the training's microbatch, with one question answered, and ``merge``, which ends in fp32 and
+    includes its own evaluations.
     """
     with (
         precision.emulating(bf16=configuration.bf16),
@@ -92,10 +93,13 @@ def recordings(configuration: Configuration, checkpointing: Sequence[bool], *, w
                 _label(tracker, backbone, own)
                 continue
             prefix = f"{stage.name}: " if len(stages) > 1 else ""
-            _train(configuration, checkpointing, backbone, method, stage, own, prefix, found)
+            step = _train(configuration, checkpointing, backbone, method, stage, own, prefix, found)
+            if whole and all(later.updates == 0 for later in stages[number + 1 :]):
+                with _phase(found, "evaluation"):  # beside the optimizer's states
+                    totals(backbone.model, [largest.batch(configuration)])
+                    largest.answer(configuration, backbone.model)
+            del step
         if whole:
-            with _phase(found, "evaluation"):
-                totals(backbone.model, [example_batch(configuration)])
             backbone.model.eval()
             with _converting(), _phase(found, "merge"):
                 _merge(configuration, backbone, method, found)
@@ -171,7 +175,7 @@ def _train(
     own: set[str],
     prefix: str,
     found: Recording,
-) -> None:
+) -> TrainingStep:
     model, tracker = backbone.model, found.tracker
     model.train()
     optimizer = stage.made(model, 1e-3, 0.0, configuration.optimizer)
@@ -192,7 +196,7 @@ def _train(
         tracker.label_optimizer(optimizer)
         if accumulates:
             _touch(step)
-    batch = example_batch(replace(configuration, microbatch=1) if stage.one_by_one else configuration)
+    batch = largest.batch(replace(configuration, microbatch=1) if stage.one_by_one else configuration)
     for again in checkpointing:
         if not accumulates:
             for parameter in step.trained:
@@ -205,6 +209,7 @@ def _train(
     states = [value for state in optimizer.state.values() for value in state.values()]
     held = [*base.state(model, transient=True).values(), *(value for value in states if torch.is_tensor(value))]
     found.own = sum(tensor.nbytes for tensor in held)
+    return step
 
 
 def _label(tracker: Tracker, backbone: Backbone, own: set[str]) -> None:
@@ -256,7 +261,7 @@ def _merge(configuration: Configuration, backbone: Backbone, method: Method, fou
     made without running the model: it would hold no more than then, or when it is evaluated.
     """
     model = backbone.model
-    batch = example_batch(configuration)
+    batch = largest.batch(configuration)
     to_full_precision(model)
     _note(found, "kept")
     kept = sample_logits(model, [batch], bounded=True)
@@ -303,21 +308,6 @@ def _touch(step: TrainingStep) -> None:
     """
     total = torch.stack([parameter.float().sum() for parameter in step.trained]).sum()
     (total.view(1, 1) @ torch.ones(1, 1)).sum().backward()
-
-
-def example_batch(configuration: Configuration) -> dict[str, torch.Tensor]:
-    """A microbatch as large as the configuration allows: no padding, every token a target."""
-    size, tokens = configuration.microbatch, configuration.tokens
-    ids = torch.ones(size, tokens, dtype=torch.long)
-    batch = {"input_ids": ids, "attention_mask": torch.ones(size, tokens, dtype=torch.long)}
-    if configuration.task == "classification":
-        return {**batch, "labels": torch.ones(size, dtype=torch.long)}
-    if configuration.task == "seq2seq":
-        tokens = configuration.target_tokens
-        batch["decoder_input_ids"] = torch.ones(size, tokens, dtype=torch.long)
-    # Every token a target is the most a batch can ask for.
-    every = torch.arange(size * tokens)
-    return {**batch, "target_positions": every, "target_ids": torch.ones(size * tokens, dtype=torch.long)}
 
 
 @contextlib.contextmanager

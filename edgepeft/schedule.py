@@ -12,12 +12,20 @@ from edgepeft.stage import Stage
 
 
 def check(recipe: Recipe, method: Method) -> None:
-    """Refuse combinations of batch sizes, devices and methods that cannot be trained.
+    """Refuse what cannot be trained, as far as the recipe is decided: precisions, devices, batch sizes.
 
     Raises:
         UsageError: see above.
     """
-    assert recipe.microbatch is not None
+    method.check_devices(recipe.devices)
+    if recipe.precision is not None:
+        method.check(recipe.precision)
+    if recipe.checkpointing:
+        method.check_checkpointing()
+    if recipe.optimizer is not None:
+        method.check_optimizer(recipe.optimizer)
+    if recipe.microbatch is None:
+        return
     share = recipe.global_batch // recipe.devices
     if share % recipe.microbatch:
         own = "" if recipe.devices == 1 else f" on each of {recipe.devices} devices"
@@ -26,17 +34,12 @@ def check(recipe: Recipe, method: Method) -> None:
             "It must be a multiple, so that every update sees as many examples.",
             f"Try --set microbatch={math.gcd(share, recipe.microbatch)}.",
         )
-    method.check_devices(recipe.devices)
     if method.updates_in_backward and recipe.microbatch != recipe.global_batch:
         raise UsageError(
             f"{method.name} cannot accumulate gradients over microbatches.",
             "It updates each layer inside backward and frees the gradient at once; that is where its saving is.",
             f"Set global_batch to the microbatch, {recipe.microbatch}.",
         )
-    if recipe.checkpointing:
-        method.check_checkpointing()
-    if recipe.optimizer is not None:
-        method.check_optimizer(recipe.optimizer)
 
 
 def steps_per_epoch(examples: int, microbatch: int, global_batch: int) -> int:

@@ -19,11 +19,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from edgepeft import adapter, checkpoint, events
+from edgepeft.answers import Questions
 from edgepeft.backbone import Backbone
 from edgepeft.data import Data
-from edgepeft.data.batches import sample
 from edgepeft.errors import EdgePeftError
-from edgepeft.evaluate import better, evaluate
+from edgepeft.evaluate import better, evaluate, validation_batches
 from edgepeft.files import remove_leftovers
 from edgepeft.methods import base
 from edgepeft.methods.base import Method
@@ -47,7 +47,8 @@ class Interrupted(EdgePeftError):
 @dataclass(frozen=True)
 class Trained:
     """How training ended: where the best adapter is, its metrics, the peak of tensor bytes that was measured, the
-    parameters trained in the stage with the most, and what each stage took (``ledger.Row.stages``).
+    parameters trained in the stage with the most, what each stage took (``ledger.Row.stages``), and what the best
+    adapter answers to ``Questions``.
     """
 
     adapter: Path
@@ -55,6 +56,7 @@ class Trained:
     measured_peak_bytes: int
     trained_parameters: int
     stages: list[dict[str, Any]]
+    answers: list[str]
 
 
 @dataclass
@@ -65,6 +67,7 @@ class _Progress:
     best: dict[str, float] | None = None
     best_step: int = 0
     waited: int = 0  # evaluations since the best
+    answers: list[str] = field(default_factory=list)  # of the best
     stages: list[dict[str, Any]] = field(default_factory=list)  # what each stage that began took
     phases: dict[str, int] = field(default_factory=dict)  # most bytes of tensors, by the names that a plan has for them
 
@@ -119,6 +122,7 @@ class _Run:
         self.step = self._step_of_leg()
         self.total = self.legs[-1].last
         self.interval = max(1, math.ceil(total_steps(recipe, len(data.train)) / recipe.evaluations))
+        self.questions = Questions.of(data)
         self.progress = _Progress()
         self.interrupted = False
         self.card = adapter.card(
@@ -321,6 +325,7 @@ class _Run:
     def _evaluate(self, log: events.EventLog) -> None:
         with self._watched_once("evaluation"):
             metrics = evaluate(self.model, validation_batches(self.data, self.recipe), self.ranks)
+            answers = self.questions.answered(self.model)
         (self.progress.phases["evaluation"],) = self.ranks.largest([self.progress.phases["evaluation"]])
         self._finite(metrics["loss"], "validation loss", self.progress.step)
         last = self.legs[self.leg].last == self.total  # an adapter is what the last stage trains
@@ -329,9 +334,10 @@ class _Run:
             if self.ranks.first:
                 adapter.save(self.out / "checkpoints" / "best", self.model, self.card)
             self.progress.best, self.progress.best_step, self.progress.waited = metrics, self.progress.step, 0
+            self.progress.answers = answers
         elif last:
             self.progress.waited += 1
-        log.write("evaluation", self.progress.step, metrics=metrics, best=best)
+        log.write("evaluation", self.progress.step, metrics=metrics, answers=answers, best=best)
         self.accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=self.progress.step)
 
     def _finish(self, log: events.EventLog) -> Trained:
@@ -357,19 +363,13 @@ class _Run:
             best_step=self.progress.best_step,
         )
         most = max(stage["trained"] for stage in stages)
-        return Trained(self.out / "adapter", self.progress.best, self.progress.peak_bytes, most, stages)
+        peak_bytes, answers = self.progress.peak_bytes, self.progress.answers
+        return Trained(self.out / "adapter", self.progress.best, peak_bytes, most, stages, answers)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:  # a second Ctrl-C does not wait for the step to end
             raise KeyboardInterrupt
         self.interrupted = True
-
-
-def validation_batches(data: Data, recipe: Recipe) -> list[Batch]:
-    """The examples every evaluation of a run uses, in microbatches."""
-    size = recipe.microbatch or 1
-    order = sample(len(data.validation), recipe.validation_limit, seed=recipe.seed)
-    return [data.validation.collate(list(order[first : first + size])) for first in range(0, len(order), size)]
 
 
 def _unpadded(batch: dict[str, torch.Tensor]) -> Batch:

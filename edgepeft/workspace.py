@@ -64,6 +64,10 @@ class Workspace:
         return self.root / "ledger.json"
 
     @property
+    def answers(self) -> Path:
+        return self.root / "answers.json"
+
+    @property
     def cache(self) -> Path:
         return self.root / "data"
 

@@ -17,10 +17,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from edgepeft import adapter, step
 from edgepeft.errors import UsageError
-from edgepeft.evaluate import evaluate, sample_logits
+from edgepeft.evaluate import evaluate, sample_logits, validation_batches
 from edgepeft.methods import base
 from edgepeft.placements import prompt
-from edgepeft.train import validation_batches
 
 LENGTH = 5  # of the prompts and prefixes of narrow models
 DECODERS = ("llama", "qwen3", "gpt2", "gemma2")

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edgepeft import extrapolate, hardware, precision, probe, sharding, units
+from edgepeft import extrapolate, hardware, largest, precision, probe, sharding, units
 from edgepeft.backbone import Backbone
 from edgepeft.methods import base
 from edgepeft.step import TrainingStep
@@ -66,7 +66,7 @@ def tracked(wanted: Configuration, mesh: dist.device_mesh.DeviceMesh) -> tuple[i
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)
         step = TrainingStep(model, optimizer, clip_norm=None)
-        batch = probe.example_batch(wanted)
+        batch = largest.batch(wanted)
         tracker = FSDPMemTracker(model, optimizer)
         with tracker:
             step.backward([batch], 1e-3)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from edgepeft import checkpoint, schedule
 from edgepeft import train as trainer
 from edgepeft.errors import EdgePeftError, UsageError
-from edgepeft.evaluate import evaluate
+from edgepeft.evaluate import evaluate, validation_batches
 from edgepeft.files import remove_leftovers
 from edgepeft.recipe import Recipe
 
@@ -225,7 +225,7 @@ def test_the_best_adapter_is_the_one_that_is_kept(tmp_path: Path) -> None:
     done = training.run(chosen, tmp_path / "run")
     made, _, read = training.prepared(chosen, tmp_path / "cache")
     adapter.load(done.adapter, made.model)
-    assert evaluate(made.model, trainer.validation_batches(read, chosen)) == done.metrics
+    assert evaluate(made.model, validation_batches(read, chosen)) == done.metrics
     evaluations = [event["metrics"] for event in training.log(tmp_path / "run", "evaluation")]
     assert done.metrics["accuracy"] == max(metrics["accuracy"] for metrics in evaluations)
     card = adapter.read_card(done.adapter)

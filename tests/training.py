@@ -108,10 +108,12 @@ def run(chosen: Recipe, out: Path, on_forward: Callable[[int], None] | None = No
 
 
 def _hear(made: Backbone, on_forward: Callable[[int], None]) -> None:
+    """Number the forward passes of training: an evaluation's are as many as its answers have tokens."""
     count = iter(range(10**9))
 
     def heard(module: nn.Module, args: Any) -> None:
-        on_forward(next(count))
+        if module.training:
+            on_forward(next(count))
 
     made.model.register_forward_pre_hook(heard)
 

@@ -38,6 +38,7 @@ class Data:
     train: Split
     validation: Split
     template: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
 
 
 def task_of(
@@ -114,7 +115,7 @@ def load(
         Split(layout.task, home / f"{split}.arrow", dropped=known["dropped"][split], pad_id=pad_id(tokenizer))
         for split in ("train", "validation")
     )
-    return Data(layout.task, tuple(known["labels"]), train, held_out, known["template"])
+    return Data(layout.task, tuple(known["labels"]), train, held_out, known["template"], tokenizer)
 
 
 def _opened(

@@ -9,6 +9,7 @@ from string import Template
 
 import edgepeft
 from edgepeft.files import write_text
+from edgepeft.report.answered import answers_section
 from edgepeft.report.markup import Html, join, tag
 from edgepeft.report.outcome import ledger_section, verdict_section
 from edgepeft.report.planned import peak_section, plan_section
@@ -33,6 +34,7 @@ def write(run: Path) -> Path:
         ("Plan", plan_section(left)),
         ("Training", training_section(left)),
         ("Ledger", ledger_section(left)),
+        ("Answers", answers_section(left)),
         ("Recipe", _recipe(left)),
         ("Versions", _versions()),
     )
@@ -40,7 +42,7 @@ def write(run: Path) -> Path:
         tag("h1", Path(described["model"]).name if described["model"] else run.resolve().name),
         tag("p", " · ".join(known), class_="subtitle"),
         verdict_section(left),
-        *(tag("section", tag("h2", heading), content) for heading, content in sections),
+        *(tag("section", tag("h2", heading), content) for heading, content in sections if content is not None),
     )
     page = Template(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     path = run / "report.html"

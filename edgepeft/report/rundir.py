@@ -27,6 +27,7 @@ class Run:
     events: list[Record]
     unreadable_lines: int
     ledger: list[Record] | None
+    answers: Record | None
 
     @property
     def choice(self) -> Record | None:
@@ -96,8 +97,11 @@ def read(path: Path) -> Run:
         for row in ledger:
             _require(path / "ledger.json", row, dict, ("artefact", "metrics", "kept"))
     events, unreadable_lines = _events(path / "events.jsonl")
+    answers = _json(path / "answers.json")
+    if answers is not None:
+        _require(path / "answers.json", answers, dict, ("question", "reference"))
     text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
-    return Run(path, text, plan, events, unreadable_lines, ledger)
+    return Run(path, text, plan, events, unreadable_lines, ledger, answers)
 
 
 def _events(path: Path) -> tuple[list[Record], int]:
