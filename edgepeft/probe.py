@@ -185,6 +185,7 @@ def _train(
         clip_norm=None if method.updates_in_backward else 1.0,
         penalty=method.penalty,
         after_update=method.after_update,
+        summed=stage.one_by_one,
     )
     _label(tracker, backbone, own)
     # The steady state: optimizer states exist, and with accumulation the gradients of earlier microbatches too. Both

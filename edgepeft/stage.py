@@ -39,7 +39,7 @@ class Stage:
         share: the stage's part of the run's updates, relative to the other stages'.
         updates: a number of updates on top of the run's, instead of a share. A last stage of none changes, once
             training is over, what the adapter holds.
-        one_by_one: every update sees a single example.
+        one_by_one: every update sees a single example, whose loss is summed over its targets.
         measures: its updates take note of gradients, which are not clipped, and change nothing.
     """
 

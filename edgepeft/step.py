@@ -86,10 +86,12 @@ class TrainingStep:
     """One update from one or more microbatches, with the loss averaged over all their targets together.
 
     Args:
-        clip_norm: largest global norm of the gradients; None where gradients are gone by the end of backward.
+        clip_norm: largest global norm of the gradients, of a parameter group that is ``clipped_apart`` by itself; None
+            where gradients are gone by the end of backward.
         backward: runs backward on a loss (accelerate's in training); the loss's own when not given.
         penalty, after_update: those of the method (``methods.base.Method``).
         ranks: who shares each update.
+        summed: the gradients are those of the loss summed over all targets.
     """
 
     def __init__(
@@ -102,8 +104,9 @@ class TrainingStep:
         penalty: Callable[[nn.Module, Batch, Tensor], Tensor | None] = lambda model, batch, found: None,
         after_update: Callable[[nn.Module, float], None] = lambda model, progress: None,
         ranks: Ranks = ALONE,
+        summed: bool = False,
     ) -> None:
-        self.model, self.ranks = model, ranks
+        self.model, self.ranks, self.summed = model, ranks, summed
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self.penalty, self.after_update = penalty, after_update
@@ -120,13 +123,14 @@ class TrainingStep:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         count = sum(targets(batch).numel() for batch in microbatches)
+        divisor = 1 if self.summed else count
         device = self.trained[0].device
         total = torch.zeros((), device=device)
         for batch in self.ranks.mine(microbatches):
             batch = {name: value.to(device) for name, value in batch.items()}
             found = outputs(self.model, batch)
-            loss = loss_of(self.model, batch, found) / count
-            total += loss.detach()
+            loss = loss_of(self.model, batch, found) / divisor
+            total += loss.detach() * (divisor / count)
             extra = self.penalty(self.model, batch, found)
             del found  # backward frees what it has used only if nothing else holds it
             if extra is not None:
@@ -144,7 +148,11 @@ class TrainingStep:
         """
         norm = None
         if self.clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
+            groups = [group["params"] for group in self.optimizer.param_groups if group.get("clipped_apart")]
+            apart = {id(parameter) for group in groups for parameter in group}
+            norm = nn.utils.clip_grad_norm_([p for p in self.trained if id(p) not in apart], self.clip_norm)
+            for group in groups:
+                nn.utils.clip_grad_norm_(group, self.clip_norm)
         self.optimizer.step()
         self.after_update(self.model, progress)
         self.optimizer.zero_grad(set_to_none=True)

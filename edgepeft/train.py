@@ -234,6 +234,7 @@ class _Run:
             penalty=self.method.penalty,
             after_update=self.method.after_update,
             ranks=self.ranks,
+            summed=stage.one_by_one,
         )
 
     def _next_leg(self) -> None:
@@ -328,7 +329,9 @@ class _Run:
             answers = self.questions.answered(self.model)
         (self.progress.phases["evaluation"],) = self.ranks.largest([self.progress.phases["evaluation"]])
         self._finite(metrics["loss"], "validation loss", self.progress.step)
-        last = self.legs[self.leg].last == self.total  # an adapter is what the last stage trains
+        leg = self.legs[self.leg]
+        progress = (self.progress.step - leg.first + 1) / (leg.last - leg.first + 1)
+        last = leg.last == self.total and self.method.is_final(progress)  # an adapter is what the last stage trains
         best = last and better(self.backbone.task, metrics, self.progress.best)
         if best:
             if self.ranks.first:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import peft_twin
 import pytest
 import tiny
 import torch
+import training
 from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.adalora.layer import RankAllocator
 from torch import nn
@@ -31,6 +34,17 @@ def test_logits_gradients_and_merged_weights_are_those_of_peft(family: str) -> N
     targets = made.anatomy.linears(ROLES)
     config = AdaLoraConfig(init_r=3, target_r=2, lora_alpha=5, target_modules=targets, total_step=10, tinit=1, tfinal=1)
     peft_twin.compare(family, made, method, config, theirs_of)
+
+
+def test_the_adapter_of_a_run_keeps_to_the_budget(tmp_path: Path) -> None:
+    """Evaluations before the ranks have fallen choose no adapter, however good they are."""
+    options = {"rank": 4, "budget": 1, "warmup": 0.0, "settled": 0.2}
+    chosen = training.written("causal-lm", method="adalora", options=options, lr=5e-3)
+    done = training.run(chosen, tmp_path / "run")
+    evaluated = training.log(tmp_path / "run", "evaluation")
+    assert len(evaluated) == 4 and [event["best"] for event in evaluated[:2]] == [False, False]
+    found = [t for name, t in adapter.read_tensors(done.adapter / adapter.TENSORS).items() if name.endswith(".e")]
+    assert 0 < sum(int((values != 0).sum()) for values in found) <= len(found)
 
 
 def test_importances_and_the_ranks_that_are_left_are_those_of_peft() -> None:

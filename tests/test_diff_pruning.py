@@ -125,6 +125,14 @@ def test_pruning_keeps_the_largest_gated_changes_and_their_values(family: str) -
     assert whole[positions].abs().min() >= whole.abs().sort(descending=True).values[len(positions) - 1]
 
 
+def test_the_default_price_closes_gates_though_gradients_are_clipped() -> None:
+    """Clipped together with the changes, whose gradients are far larger, the gates of this model hardly move."""
+    made, method, stage = next(conformance.stages("bert", "diff_pruning"))
+    conformance.train(made.model, method, stage, tiny.batch("bert"), 200)
+    gates = torch.cat([m.gate.detach().flatten() for m in made.model.modules() if isinstance(m, Gated)])
+    assert (gates <= 0).float().mean() > 0.02
+
+
 def test_price_closes_gates() -> None:
     """At a high price nearly all of them, in a few updates."""
     made, method = tiny.load("bert"), tiny.method("diff_pruning", price=1.0)

@@ -46,6 +46,9 @@ def test_trains_and_is_saved_and_merged(name: str, family: str, at: str, tmp_pat
     batch, losses = tiny.batch(family), []  # before each stage that trains
     for made, method, stage in stages(family, name, at):
         model = made.model
+        head = [model.get_parameter(n) for n in made.fresh]
+        for parameter in head:
+            parameter.requires_grad_(False)  # it would learn whatever the method does
         frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
         if stage.updates != 0:
             losses.append(evaluate(model, [batch])["loss"])
@@ -56,6 +59,8 @@ def test_trains_and_is_saved_and_merged(name: str, family: str, at: str, tmp_pat
             assert p.requires_grad or torch.equal(p, frozen[n]), f"{n} is frozen and changed"
     after = evaluate(model, [batch])["loss"]
     assert after < 0.995 * losses[0] and after < losses[-1]
+    for parameter in head:
+        parameter.requires_grad_(True).data.add_(0.01)
     saved_and_loaded(made, method, batch, tmp_path / "adapter")
     if method.merges:
         merged(made, method, batch)

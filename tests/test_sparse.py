@@ -26,9 +26,11 @@ def own(model: nn.Module, made: Any) -> dict[str, nn.Parameter]:
 
 
 def maskable(model: Any, made: Any) -> dict[str, nn.Parameter]:
-    """What LT-SFT chooses from: ``own`` without the matrix of token logits."""
+    """What LT-SFT chooses from: ``own`` without norms and the matrix of token logits."""
     head = model.get_output_embeddings()
-    return {name: tensor for name, tensor in own(model, made).items() if head is None or tensor is not head.weight}
+    norms = tuple(f"{norm}." for norm in made.anatomy.norms)
+    wanted = {name: tensor for name, tensor in own(model, made).items() if not name.startswith(norms)}
+    return {name: tensor for name, tensor in wanted.items() if head is None or tensor is not head.weight}
 
 
 def flat(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -83,11 +85,15 @@ def test_lt_sft_is_full_tuning_a_mask_of_what_moved_most_and_masked_tuning(famil
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
-def test_fisher_is_the_mean_square_of_the_gradients_of_single_examples(family: str) -> None:
+def test_fisher_adds_up_the_squared_gradients_of_the_log_likelihood_of_single_examples(family: str) -> None:
+    """Of a whole answer, the sum over its tokens (equation 3 of the paper)."""
     made, method = tiny.load(family), tiny.method("fish_mask", density=0.1)
     base.apply(method, made)
     batches = [tiny.batch(family, 1, seed=seed) for seed in range(6)]
-    trainer = step.TrainingStep(made.model, method.stages()[0].optimizer(made.model, 1.0, 0.1), clip_norm=None)
+    measuring = method.stages()[0]
+    trainer = step.TrainingStep(
+        made.model, measuring.optimizer(made.model, 1.0, 0.1), clip_norm=None, summed=measuring.one_by_one
+    )
     before = copy.deepcopy(made.model.state_dict())
     for batch in batches:
         trainer.backward([batch], 1.0)
@@ -101,8 +107,8 @@ def test_fisher_is_the_mean_square_of_the_gradients_of_single_examples(family: s
         weight.requires_grad_(True)
     squares = []
     for batch in batches:
-        loss = step.loss_sum(plain.model, batch) / step.targets(batch).numel()
-        squares.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(weights.values()))]).square())
+        gradients = torch.autograd.grad(step.loss_sum(plain.model, batch), list(weights.values()))
+        squares.append(torch.cat([gradient.flatten() for gradient in gradients]).square())
     expected = torch.stack(squares).sum(0)
     fisher = torch.cat([total.flatten() for total in made.model.get_submodule("fisher").buffers()])
     torch.testing.assert_close(fisher, expected, rtol=1e-4, atol=1e-9)

@@ -131,6 +131,9 @@ class AdaLoRA(Method):
         for module, mask in zip(found, kept.split(self.rank), strict=True):
             module.e.mul_(mask)
 
+    def is_final(self, progress: float) -> bool:
+        return progress >= 1 - self.settled  # before, ranks are above the budget
+
     def ranks_at(self, progress: float, layers: int) -> int:
         """How many triplets are kept, in all layers together (equation 12)."""
         left = 1 - (progress - self.warmup) / (1 - self.settled - self.warmup)

@@ -209,6 +209,10 @@ class Method(ABC):
             progress: the share of the stage's updates that are done, above 0 and up to 1.
         """
 
+    def is_final(self, progress: float) -> bool:
+        """Whether what is trained by then, of the last stage that trains, may be the adapter; at 1 it must."""
+        return True
+
     @property
     def packs_its_own(self) -> bool:
         """Whether ``pack`` makes weights that belong to this method's adapters alone."""

@@ -20,7 +20,8 @@ class DiffPruning(Method):
 
     The first stage trains Δ and the gates of all weights: two fp32 numbers for each, with gradients and two moments,
     32 bytes beside the weight itself, where full tuning takes 16 in fp32 and 8 in bf16. The second keeps the largest
-    entries of z ∘ Δ and trains them on (section 3.2). A classifier's head is dense in both. The matrix of token logits
+    entries of z ∘ Δ and trains them on (section 3.2). Gates that whole tensors share, the paper's structured variant,
+    are not here. A classifier's head is dense in both. The matrix of token logits
     stays as it is, tied or not: nearly all the largest entries would be its, and none of them helps.
     """
 
@@ -74,7 +75,8 @@ class DiffPruning(Method):
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
         groups = [
             {"params": rest, "weight_decay": weight_decay},
-            {"params": gates, "weight_decay": 0.0, "lr_scale": self.gate_rate / lr},
+            # The price of a gate is so small that, clipped together with the changes, it would move nothing.
+            {"params": gates, "weight_decay": 0.0, "lr_scale": self.gate_rate / lr, "clipped_apart": True},
         ]
         return torch.optim.AdamW(groups, lr=lr, fused=True)
 

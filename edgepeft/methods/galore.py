@@ -58,6 +58,10 @@ class GaLore(Method):
         )
 
 
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's
+POWERS = 2  # iterations of ``range_basis``
+
+
 class GaLoreAdamW(torch.optim.Optimizer):
     """AdamW that updates each parameter from a hook in backward; ``step`` has nothing left to do.
 
@@ -73,12 +77,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
         rank: int,
         period: int,
         scale: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
     ) -> None:
         super().__init__(parameters, {"lr": lr})
         self.weight_decay, self.rank, self.period, self.scale = weight_decay, rank, period, scale
-        self.betas, self.eps = betas, eps
         self._hooks = [p.register_post_accumulate_grad_hook(self._update) for p in parameters]
 
     def step(self, closure: Any = None) -> Any:  # the optimizers' own signature is overloaded
@@ -99,12 +100,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if step == 0:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(low), torch.zeros_like(low)
         state["step"] = step = step + 1
-        beta1, beta2 = self.betas
-        state["exp_avg"].lerp_(low, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
+        state["exp_avg"].lerp_(low, 1 - BETA1)
+        state["exp_avg_sq"].mul_(BETA2).addcmul_(low, low, value=1 - BETA2)
         del low
-        denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(self.eps)
-        update = (state["exp_avg"] / (1 - beta1**step)).div_(denominator)
+        denominator = (state["exp_avg_sq"] / (1 - BETA2**step)).sqrt_().add_(EPSILON)
+        update = (state["exp_avg"] / (1 - BETA1**step)).div_(denominator)
         del denominator
         if projected:
             update = unproject(update, state["basis"]).mul_(self.scale)
@@ -112,7 +112,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         rounding.add(parameter, update, -lr, 1 - lr * decay)
 
 
-def range_basis(gradient: Tensor, rank: int, iterations: int = 2) -> Tensor:
+def range_basis(gradient: Tensor, rank: int) -> Tensor:
     """An orthonormal basis (short side, rank) close to the span of the gradient's leading singular vectors.
 
     A randomised range finder with power iterations (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4):
@@ -123,7 +123,7 @@ def range_basis(gradient: Tensor, rank: int, iterations: int = 2) -> Tensor:
     """
     tall = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.t()  # (short, long)
     basis, _ = torch.linalg.qr(tall @ torch.randn(tall.shape[1], rank, device=tall.device))
-    for _ in range(iterations):
+    for _ in range(POWERS):
         other, _ = torch.linalg.qr(tall.t() @ basis)
         basis, _ = torch.linalg.qr(tall @ other)
     return basis.contiguous()  # as a checkpoint gives it back: the last bits of products depend on strides

@@ -122,7 +122,8 @@ def _again(function: Any, *arguments: Any) -> Tensor:
 class GLoRA(Method):
     """W + W ∘ A + B and b + b ∘ D + E + W C: LoRA (B) with scales and with trained biases where there are any.
 
-    The paper searches for a form of each for every layer; here one choice holds for all.
+    The paper searches for a form of each for every layer; here one choice holds for all. Where a layer has no bias, as
+    in Llama and T5, the paper gives it one for E and W C; here, as in HF PEFT, those two are left out.
     """
 
     paper = Paper("One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning", 2023, "2306.07967")

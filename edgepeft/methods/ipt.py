@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class _Autoencoder(nn.Module):
     """Prompts (tasks, length · hidden) → codes (tasks, dimension) → prompts.
 
-    Called, it gives what it makes of a prompt, (length, hidden): in training of one drawn at random, else of the mean
-    of all codes.
+    Called, it gives the prompt (length, hidden) that it makes of the mean of all codes. No gradient goes through that:
+    by it the network would learn this run's task, and forget the prompts.
     """
 
     prompts: Tensor
@@ -39,13 +39,9 @@ class _Autoencoder(nn.Module):
         self.inner = nn.Linear(dimension, self.hidden, device=device)
         self.outer = nn.Linear(self.hidden, wide, device=device)
 
+    @torch.no_grad()
     def forward(self) -> Tensor:
-        codes = self.encode(self.prompts)
-        if self.training:
-            code = codes[torch.randint(len(codes), (1,), device=codes.device)][0]
-        else:
-            code = codes.mean(0)
-        return self.decode(code).view(self.length, self.hidden)
+        return self.decode(self.encode(self.prompts).mean(0)).view(self.length, self.hidden)
 
     def decode(self, codes: Tensor) -> Tensor:
         made: Tensor = self.outer(torch.tanh(self.inner(codes)))
@@ -78,11 +74,11 @@ class _Code(nn.Module):
 class IPT(Method):
     """Prompts of several tasks lie near a space of few dimensions; it is found first, and then only searched.
 
-    First an autoencoder learns the given prompts, trained on other tasks on the same backbone: to give them back, and
-    to make prompts that serve. Then only a code is trained, from the mean of the prompts' codes on. The adapter holds
-    the prompt that it stands for.
+    First an autoencoder learns to give back the given prompts, trained on other tasks on the same backbone. Then only a
+    code is trained, from the mean of the prompts' codes on. The adapter holds the prompt that it stands for.
 
-    Not in the paper, which serves each prompt's own task meanwhile: the data here is that of this run.
+    In the paper the autoencoder is also trained on each prompt's own task, by a 200th of the weight. The data of those
+    tasks is not here.
     """
 
     paper = Paper("Exploring Universal Intrinsic Task Subspace via Prompt Tuning", 2021, "2110.07867")
@@ -91,7 +87,7 @@ class IPT(Method):
     obstacle = prefix.OBSTACLE
     identity_at_start = False
     overhead = "a longer input"
-    narrow = {"length": 5, "dimension": 128}
+    narrow = {"length": 5, "dimension": 128, "subspace_updates": 40}
     learning_rate = 1e-3
 
     prompts: tuple[str, ...] = ()
@@ -100,13 +96,13 @@ class IPT(Method):
     """Numbers in a code; with 250 the paper regains most of what whole prompts reach."""
     length: int = 100
     """Tokens of the prompts."""
-    weight: float = 1.0
-    """Of the reconstruction's mean squared error, beside the task's loss."""
+    subspace_updates: int = 300
+    """Updates in which the autoencoder learns the prompts, on top of the run's."""
 
     def __post_init__(self) -> None:
         self.require(self.dimension >= 1, "dimension", "at least 1")
         self.require(self.length >= 1, "length", "at least 1")
-        self.require(self.weight >= 0, "weight", "0 or more")
+        self.require(self.subspace_updates >= 1, "subspace_updates", "at least 1")
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
         if len(self.prompts) < 2:
@@ -120,13 +116,13 @@ class IPT(Method):
 
     def stages(self) -> tuple[Stage, ...]:
         return (
-            Stage(name="subspace", optimizer=self.optimizer),
+            Stage(name="subspace", optimizer=self.optimizer, updates=self.subspace_updates),
             Stage(name="code", optimizer=self.optimizer, begin=_freeze),
             Stage(name="collapse", optimizer=self.optimizer, begin=_collapse, updates=0),
         )
 
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """AdamW, ten times as fast for the code as for the network."""
+        """AdamW; the code is trained at ten times the rate at which the network was."""
         made = super().optimizer(model, lr, weight_decay)
         code = getattr(prompt.of(model), "code", None)
         if code is None:
@@ -137,7 +133,7 @@ class IPT(Method):
 
     def penalty(self, model: nn.Module, batch: Mapping[str, Tensor], outputs: Tensor) -> Tensor | None:
         learned = prompt.of(model)
-        return self.weight * learned.loss() if isinstance(learned, _Autoencoder) else None
+        return learned.loss() if isinstance(learned, _Autoencoder) else None
 
     def finished(self) -> Method:
         return PromptTuning(length=self.length)
