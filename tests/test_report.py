@@ -231,6 +231,25 @@ def test_language_model_ledger(run: Path) -> None:
     assert row[4] == "41.5" and row[6] == "93.8 %"
 
 
+def test_answers_stand_beside_what_should_be_said(run: Path) -> None:
+    """Questions that only the device was asked have no other answers, and long ones are cut where nobody looks."""
+    long = "x" * 500
+    said = {
+        "question": ["<b>2 + 2</b>", f"{long} end"],
+        "reference": ["4", "start"],
+        "base": ["5"],
+        "tuned": [" 4"],
+        "device": ["4", f"begin {long}"],
+    }
+    write_json(run / "answers.json", said)
+    rows = [row for row in page(run).rows if row and (row[0] == "<b>2 + 2</b>" or row[0].endswith(" end"))]
+    assert rows[0] == ["<b>2 + 2</b>", "4", "5", "4", "4"]
+    assert rows[1][1:4] == ["start", "–", "–"]
+    assert rows[1][0].startswith("…x") and rows[1][4].startswith("begin x") and rows[1][4].endswith("x…")
+    (run / "answers.json").unlink()
+    assert "Held-out examples" not in page(run).text
+
+
 def test_a_lost_fine_tune_is_said(run: Path) -> None:
     write_json(run / "ledger.json", [row | {"kept": not row["artefact"].startswith("onnx")} for row in LEDGER])
     shown = page(run)

@@ -26,7 +26,7 @@ def answers_section(run: Run) -> Html | None:
 
 
 def _start(text: str) -> str:
-    return text.strip() if len(text.strip()) <= SHOWN else f"{text.strip()[:SHOWN]}…"
+    return (text.strip() or "(nothing)") if len(text.strip()) <= SHOWN else f"{text.strip()[:SHOWN]}…"
 
 
 def _end(text: str) -> str:
