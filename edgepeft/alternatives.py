@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from edgepeft import hardware, recipe
-from edgepeft.candidate import Candidate, needed_bytes
+from edgepeft import hardware, recipe, traces
+from edgepeft.candidate import FSDP, Candidate, needed_bytes
 from edgepeft.errors import UsageError
-from edgepeft.plan import GiB, Plan
+from edgepeft.plan import PACKED, PRECISIONS, GiB, Plan, default_precisions
 from edgepeft.surface import ADAMW
 
 SHORTEST = 32  # tokens: shorter sequences are not proposed
@@ -30,7 +30,7 @@ class Alternative:
 
     Attributes:
         change: what to ask for instead, by the names of ``planning.plan_model``'s arguments, or another ``hardware``.
-        method, precision, optimizer, process_bytes: what fits then, and what it takes of a device.
+        method, precision, optimizer: what fits then; ``least_bytes``: what it takes of a device, one example at a time.
         text: the change as a person types it, with what is chosen then.
     """
 
@@ -38,29 +38,35 @@ class Alternative:
     method: str
     precision: str
     optimizer: str
-    process_bytes: int
+    least_bytes: int
     text: str
 
 
 def find(
-    failed: Plan, again: Again, *, tokens: int, method: str | None, precision: str | None
+    failed: Plan,
+    again: Again,
+    *,
+    tokens: int,
+    global_batch: int,
+    method: str | None,
+    precision: str | None,
 ) -> tuple[Alternative, ...]:
     """All kinds of changes that help, each alone.
 
     Args:
         again: plans anew with changed arguments of ``planning.plan_model``.
-        tokens, method, precision: what was asked for.
+        tokens, global_batch, method, precision: what was asked for.
     """
-    ways = [*_partly(failed, again), *_smaller(again, method, precision), *_narrower(failed, again, method)]
-    ways += _shorter(failed, again, tokens, method)
-    return (*ways, *_more(failed, again, method), *_larger(failed))
+    ways = [*_partly(failed, again), *_smaller(failed, again, method, precision), *_narrower(failed, again, method)]
+    ways += [*_fewer(again, method, global_batch), *_shorter(failed, again, tokens, method)]
+    return (*ways, *_more(failed, again, method), *_larger(failed, again))
 
 
 def remedy(ways: Sequence[Alternative]) -> str:
     """A sentence for the error."""
     if ways:
         return f"What would: {'; '.join(way.text for way in ways)}."
-    return "A smaller model needs less. No profile has as much memory as this one takes."
+    return "A smaller model needs less; nothing else that was tried would do."
 
 
 def _partly(failed: Plan, again: Again) -> Iterator[Alternative]:
@@ -73,15 +79,16 @@ def _partly(failed: Plan, again: Again) -> Iterator[Alternative]:
         yield _alternative(change, chosen, text)
 
 
-def _smaller(again: Again, method: str | None, precision: str | None) -> Iterator[Alternative]:
-    """The smallest precision with the same method, or else with any."""
-    if method is not None and precision not in (None, SMALLEST):
-        change: dict[str, Any] = {"precision": SMALLEST}
-        found = _planned(again, **change, first=True)
+def _smaller(failed: Plan, again: Again, method: str | None, precision: str | None) -> Iterator[Alternative]:
+    """The nearest precision that would do, with the same method, or else the smallest with any."""
+    sizes = [*PRECISIONS[: -len(PACKED)], *default_precisions(failed.hardware)[1:]]
+    for at in sizes[sizes.index(precision) + 1 :] if precision is not None else ():
+        change: dict[str, Any] = {"precision": at}
+        found = _planned(again, **change, first=True) if at != "bf16" or failed.hardware.bf16 else None
         if found is not None:
-            yield _alternative(change, found.chosen(), f"--method {method} --precision {_chosen(found)}")
+            yield _alternative(change, found.chosen(), f"--method {found.chosen().method} --precision {_chosen(found)}")
             return
-    if method is not None or precision is not None:
+    if method is not None:
         found = _planned(again, method=None, precision=SMALLEST, settings=[], first=True)
         if found is not None:
             change = {"method": found.chosen().method, "precision": SMALLEST, "settings": []}
@@ -113,6 +120,19 @@ def _narrower(failed: Plan, again: Again, method: str | None) -> Iterator[Altern
                 return
 
 
+def _fewer(again: Again, method: str | None, global_batch: int) -> Iterator[Alternative]:
+    """A smaller global batch, of a method that cannot make one of several microbatches."""
+    if method is None or not traces.traits(method).updates_in_backward:
+        return
+    while (global_batch := global_batch // 2) >= 1:
+        change = {"global_batch": global_batch}
+        found = _planned(again, **change)
+        if found is not None:
+            text = f"--global-batch {global_batch} with {found.chosen().method} on {_chosen(found)}"
+            yield _alternative(change, found.chosen(), text)
+            return
+
+
 def _shorter(failed: Plan, again: Again, tokens: int, method: str | None) -> Iterator[Alternative]:
     """Shorter sequences, where what does not depend on them leaves room."""
     least = failed.least
@@ -135,16 +155,17 @@ def _more(failed: Plan, again: Again, method: str | None) -> Iterator[Alternativ
     least = failed.least
     for devices in MORE:
         change = {"devices": devices, "method": method or least.method}
-        found = _planned(again, **change, first=True)
+        found = _planned(again, **change, first=True, sharded=False) or _planned(again, **change, first=True)
         if found is not None:
             several = f"{devices} x {failed.hardware.name} (--gpus {devices})"
-            text = f"{several} with {found.chosen().method} on {_chosen(found)}"
+            unrun = ", by FSDP, which is planned and not run" if found.chosen().strategy == FSDP else ""
+            text = f"{several} with {found.chosen().method} on {_chosen(found)}{unrun}"
             yield _alternative(change, found.chosen(), text)
             return
 
 
-def _larger(failed: Plan) -> Iterator[Alternative]:
-    """The smallest machine of the same kind that has enough."""
+def _larger(failed: Plan, again: Again) -> Iterator[Alternative]:
+    """The smallest machine of the same kind that has enough, or else of another kind, for which it is planned anew."""
     least = failed.least
     devices = sorted(map(hardware.load, hardware.names()), key=lambda device: device.available_bytes)
     for device in devices:
@@ -153,6 +174,14 @@ def _larger(failed: Plan) -> Iterator[Alternative]:
             several = f"{failed.devices} x " if failed.devices > 1 else ""
             text = f"{several}{device.name} with {least.method} on {least.precision}"
             yield _alternative({"hardware": device.name}, least, text)
+            return
+    for device in devices:
+        if device.available_bytes < least.bytes["weights"] or (failed.devices > 1 and device.kind != "cuda"):
+            continue
+        found = _planned(again, device=device, first=True)
+        if found is not None:
+            text = f"{found.machine} with {found.chosen().method} on {_chosen(found)}"
+            yield _alternative({"hardware": device.name}, found.chosen(), text)
             return
 
 
@@ -164,10 +193,10 @@ def _planned(again: Again, **changes: Any) -> Plan | None:
 
 
 def _alternative(change: Mapping[str, Any], chosen: Candidate, text: str) -> Alternative:
-    return Alternative(change, chosen.method, chosen.precision, chosen.optimizer, chosen.process_bytes, text)
+    return Alternative(change, chosen.method, chosen.precision, chosen.optimizer, chosen.least_bytes, text)
 
 
 def _chosen(found: Plan) -> str:
     chosen = found.chosen()
     lighter = "" if chosen.optimizer == ADAMW else f" --optimizer {chosen.optimizer}"
-    return f"{chosen.precision}{lighter} ({chosen.process_bytes / GiB:.1f} GiB)"
+    return f"{chosen.precision}{lighter} ({chosen.least_bytes / GiB:.1f} GiB)"

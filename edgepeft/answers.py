@@ -101,7 +101,7 @@ def next_tokens(model: Any, ids: Tensor, begun: Tensor | None = None) -> Iterato
     name, now = "input_ids", ids
     if model.config.is_encoder_decoder:
         source = {"encoder_outputs": model.get_encoder()(input_ids=ids)}
-        name, now = "decoder_input_ids", ids.new_full((1, 1), model.config.decoder_start_token_id)
+        name, now = "decoder_input_ids", ids.new_full((1, 1), _start(model.config))
         now = now if begun is None else torch.cat([now, begun], dim=1)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         source["logits_to_keep"] = 1
@@ -111,6 +111,12 @@ def next_tokens(model: Any, ids: Tensor, begun: Tensor | None = None) -> Iterato
         states = found.past_key_values
         now = found.logits[:, -1:].argmax(-1)
         yield now[0]
+
+
+def _start(config: Any) -> int:
+    """The token that a decoder begins with: of a T5 that names none, its padding."""
+    named = getattr(config, "decoder_start_token_id", None)
+    return int(config.pad_token_id if named is None else named)
 
 
 def stops(model: nn.Module) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edgepeft import anatomy, catalog, heap, precision
 from edgepeft.catalog import fields
-from edgepeft.errors import EdgePeftError, UsageError, beside, nearest
+from edgepeft.errors import EdgePeftError, UsageError, beside, nearest, said
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -85,8 +85,8 @@ def resolve(name: str) -> Source:
         return Source(name, name)
     entry = catalog.entry(name)
     if entry is not None:
-        fields = {key: value for key, value in entry.items() if not key.startswith("_")}
-        return Source(name, entry["_edgepeft"]["hub_id"], known=fields)
+        known = {key: value for key, value in entry.items() if not key.startswith("_")}
+        return Source(name, entry["_edgepeft"]["hub_id"], known=known)
     if name.startswith((".", "/")) or name.count("/") != 1:
         raise UsageError(
             f"There is no model {name!r}.",
@@ -101,10 +101,12 @@ def config(source: Source, *, trust_remote_code: bool = False) -> PretrainedConf
     from transformers import AutoConfig
 
     if source.known is not None:
-        fields = dict(source.known)
-        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+        known = dict(source.known)
+        return AutoConfig.for_model(known.pop("model_type"), **known)
     with _refusing_unloadable(source):
-        return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **_gguf(source))
+        found = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **_gguf(source))
+    fields.check(source.name, found.to_dict())
+    return found
 
 
 def tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
@@ -225,11 +227,12 @@ def skeleton(
     try:
         model = loader.from_config(configuration, dtype=precision.compute_dtype(at))
         _untie_as_published(model)
-    except ValueError as error:
+    except Exception as error:  # a configuration may be wrong in any way
+        usual = default_task(configuration)
         raise UsageError(
-            f"A {configuration.model_type} model cannot be built for {task}.",
-            str(error).splitlines()[0],
-            f"Its usual task is {default_task(configuration)}.",
+            f"A {configuration.model_type} model cannot be built for {task} from this configuration.",
+            said(error),
+            f"Its usual task is {usual}." if usual != task else "Check its config.json, and that it is a text model's.",
         ) from error
     return _prepare(model, task, at, None, _head_parameters(model, task), pack)
 
@@ -375,6 +378,7 @@ def _quietly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _refusing_unloadable(source: Source) -> Iterator[None]:
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
@@ -383,12 +387,12 @@ def _refusing_unloadable(source: Source) -> Iterator[None]:
         raise EdgePeftError(
             f"The weights of {source.name} are damaged.", str(error), "Fetch the model again."
         ) from error
-    except (OSError, ValueError) as error:
-        others = [*beside(source.name), *catalog.names()]
-        name, remedy = repr(source.name), f"Check the name, the task and the network. {nearest(source.name, others)}"
+    except (OSError, ValueError, StrictDataclassError) as error:
+        name, others = repr(source.name), [*beside(source.name), *catalog.names()]
+        remedy = f"Check the name, the task and the network. {nearest(source.name, others)}"
         if source.known is not None:  # the name is right: only the weights are not here
             name = f"{name} ({source.location} on the hub)"
             remedy = "Check the task and the network, or give a folder that holds the model."
-        raise UsageError(
-            f"The model {name} could not be loaded.", str(error).strip().splitlines()[0], remedy
-        ) from error
+        elif Path(source.name).exists():
+            remedy = "Check the task and the files, or fetch the model again."
+        raise UsageError(f"The model {name} could not be loaded.", said(error), remedy) from error

@@ -27,6 +27,7 @@ class Candidate:
         peak_bytes: of tensors, in the phase that needs most; ``phase`` says which. ``bytes`` is it by kind.
         reserved_bytes: what the allocator holds for them; ``process_bytes``: with what the process needs besides.
         phases: every phase → bytes of tensors at its peak; those after training are ``merge``.
+        least_bytes: what the process needs at microbatch 1.
         merge_bytes: of merging at the microbatch that an update is made of, which may be a smaller one.
         update_seconds: estimated time of an update of the global batch, all sequences at full length; None where it
             does not fit. ``tokens_per_second``: the (source) tokens that go through it meanwhile.
@@ -43,6 +44,7 @@ class Candidate:
     peak_bytes: int
     reserved_bytes: int
     process_bytes: int
+    least_bytes: int
     phase: str
     bytes: Mapping[str, int]
     phases: Mapping[str, int]
@@ -54,6 +56,11 @@ class Candidate:
 
     strategy: str = ""
     """DDP or FSDP; nothing on one device. All numbers but the speed are those of one device of several."""
+
+    @property
+    def training_bytes(self) -> int:
+        """The peak of all but what follows training."""
+        return max(size for name, size in self.phases.items() if name not in AFTERWARDS)
 
     @property
     def step_bytes(self) -> int:
@@ -122,6 +129,7 @@ def of(
         peak_bytes=peak,
         reserved_bytes=traced.reserved_bytes(size, only),
         process_bytes=process,
+        least_bytes=need(1),
         phase=phase,
         bytes=kinds,
         phases={name: sum(held.values()) for name, held in traced.peaks(size).items()},

@@ -226,7 +226,7 @@ def main() -> None:
         sys.stdout.flush()
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError, FileNotFoundError) as error:
         sys.stdout.flush()
         print(f"{error.filename} cannot be used.\n{error.strerror}.\nChoose another path.", file=sys.stderr)
         sys.exit(EdgePeftError.exit_code)

@@ -34,6 +34,12 @@ class UsageError(EdgePeftError):
     exit_code = 2
 
 
+def said(error: Exception) -> str:
+    """The first two lines of an error's text as one; with its type where that is a word alone."""
+    text = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+    return text if " " in text else f"{type(error).__name__}: {text}"
+
+
 def beside(path: str | Path) -> list[str]:
     """The paths that share the folder of a path which is not there: what may have been meant."""
     folder = Path(path).parent

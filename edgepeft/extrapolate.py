@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from edgepeft import replay
-from edgepeft.catalog.fields import at_depth, depth
+from edgepeft import probe, replay
+from edgepeft.catalog.fields import at_depth, depth, positions, positions_left
 from edgepeft.cross_entropy import chunks
 from edgepeft.methods import base
 from edgepeft.precision import is_converted, is_packed, stored_dtype
@@ -66,10 +66,15 @@ def surfaces(configuration: Configuration, checkpointing: Sequence[bool]) -> lis
     """The same at each wanted value of ``checkpointing``.
 
     Traces share all but the forward and backward passes.
+
+    Raises:
+        UsageError: the method does not fit the model, or leaves it fewer positions than there are tokens.
     """
     saturated = _saturated(configuration)
     full = depth(configuration.model)
     method = base.create(configuration.method, configuration.options)
+    taken = method.positions(probe.as_config(configuration.model))
+    positions_left("The model", positions(configuration.model), configuration.method, taken, configuration.tokens)
     shallow = method.depths()
     depths = shallow if full > shallow[1] and full % 2 == 0 else (full,)
     if method.counts_layers and len(depths) > 1:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from edgepeft import peft_config
 from edgepeft.anatomy import Anatomy
 from edgepeft.errors import UsageError
-from edgepeft.methods.base import Method, NotMergeable, Paper
+from edgepeft.methods.base import WHOLE, Method, NotMergeable, Paper
 from edgepeft.placements import presumed, selection
 from edgepeft.precision import StoredLinear, is_packed
 
@@ -119,6 +119,9 @@ class Foreign(Method):
     def positions(self, configuration: PretrainedConfig) -> int:
         config = self.parsed()
         return int(config.num_virtual_tokens or 0) if config.is_prompt_learning else 0
+
+    def depths(self) -> tuple[int, int]:
+        return WHOLE if _tells_layers_apart(self.parsed()) else super().depths()
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
         config = self.parsed()
@@ -270,6 +273,20 @@ def _route(model: Any, through: Callable[..., Any], config: Any) -> None:
         return found
 
     vars(model)["forward"] = forward
+
+
+def _tells_layers_apart(config: Any) -> bool:
+    """Whether a configuration may treat some layers of a stack otherwise than others."""
+    for name in ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        if getattr(config, name, None) not in (None, [], {}, ""):
+            return True
+    for name in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
+        given = getattr(config, name, None) or ()
+        if isinstance(given, str) and given != "all-linear":  # a regular expression
+            return True
+        if not isinstance(given, str) and any(part.isdigit() for entry in given for part in entry.split(".")):
+            return True
+    return False
 
 
 def _settle_task(source: str, config: Any, anatomy: Anatomy) -> None:

@@ -168,7 +168,7 @@ def _read(path: Path) -> Hardware:
         raise UsageError(
             f"The hardware profile {path} cannot be read.", f"{error.strerror}.", "The shipped ones are loaded by name."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no text, or numbers and nesting beyond all reason
         raise UsageError(f"The hardware profile {path} is not valid TOML.", f"{error}.", _EXAMPLES) from error
     return _Reader(path, table).hardware()
 

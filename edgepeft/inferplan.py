@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -10,15 +10,17 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from edgepeft import backbone, roofline
+from edgepeft import backbone, hardware, roofline
 from edgepeft.errors import UsageError, nearest
 from edgepeft.export.packing import BLOCK
 from edgepeft.export.quantize import BITS, PROTECTED, SMALLEST
 from edgepeft.hardware import Hardware
+from edgepeft.runtime.manifest import PREFILL_TOKENS
 
 Verdict = Literal["FITS", "TIGHT", "NO"]
 PRECISIONS = ("fp32", *BITS)
 DEFAULT_TOKENS = 512
+SHORTEST = 32  # tokens: shorter contexts are not proposed
 SINGLE = 4  # bytes of fp32, which everything that is not quantised is in
 PROCESS_BYTES = 70 << 20
 """Python, numpy, onnxruntime 1.31 and tokenizers, 51 MiB, and a tokenizer of 49,152 tokens, 18 MiB: resident memory
@@ -68,7 +70,7 @@ class InferencePlan:
         }
 
 
-def plan(*, name: str, config: PretrainedConfig, task: str, hardware: Hardware, tokens: int) -> InferencePlan:
+def plan(*, name: str, config: PretrainedConfig, task: str, device: Hardware, tokens: int) -> InferencePlan:
     """Size and time a model that need not be here.
 
     Args:
@@ -81,12 +83,12 @@ def plan(*, name: str, config: PretrainedConfig, task: str, hardware: Hardware, 
         raise UsageError(f"A context of {tokens} tokens holds no question and answer.", "", "Use --seq-len 512.")
     with torch.device("meta"):
         model: Any = backbone.skeleton(config, task=task, at="fp32").model
-    variants = tuple(_variant(model, task, at, hardware, tokens) for at in PRECISIONS)
-    return InferencePlan(hardware=hardware, model=name, tokens=tokens, variants=variants)
+    variants = tuple(_variant(model, task, at, device, tokens) for at in PRECISIONS)
+    return InferencePlan(hardware=device, model=name, tokens=tokens, variants=variants)
 
 
 def plan_model(
-    source: backbone.Source, hardware: Hardware, *, task: str | None, tokens: int | None, trust_remote_code: bool
+    source: backbone.Source, device: Hardware, *, task: str | None, tokens: int | None, trust_remote_code: bool
 ) -> InferencePlan:
     """What ``edgepeft plan --infer`` does.
 
@@ -105,9 +107,26 @@ def plan_model(
         name=source.name,
         config=config,
         task=task or backbone.usual_task(config),
-        hardware=hardware,
-        tokens=tokens or min(DEFAULT_TOKENS, most or DEFAULT_TOKENS),
+        device=device,
+        tokens=min(DEFAULT_TOKENS, most or DEFAULT_TOKENS) if tokens is None else tokens,
     )
+
+
+def remedy(failed: InferencePlan, again: Callable[[int], InferencePlan]) -> str:
+    """What would fit where nothing does.
+
+    Args:
+        again: plans for another number of tokens.
+    """
+    need = min(variant.needed_bytes for variant in failed.variants)
+    machines = sorted(map(hardware.load, hardware.names()), key=lambda each: each.available_bytes)
+    ways = [f"--target {each.name}" for each in machines if each.available_bytes >= need][:1]
+    tokens = failed.tokens // 2
+    while tokens >= SHORTEST and not again(tokens).fits:
+        tokens //= 2
+    if tokens >= SHORTEST:
+        ways.append(f"--seq-len {tokens}")
+    return f"What would: {'; '.join(ways)}." if ways else "A smaller model needs less; no profile has as much memory."
 
 
 def weights_bytes(model: Any, task: str, precision: str) -> int:
@@ -179,10 +198,16 @@ def _repacked_bytes(model: nn.Module, task: str, precision: str) -> int:
 
 
 def _activation_bytes(model: Any, task: str, tokens: int) -> int:
-    """What reading a prompt of half the context holds at its widest: a layer's inner states, or all token logits."""
+    """What reading holds at its widest: a layer's inner states with the scores of its attention, or all token logits.
+
+    A decoder reads a prompt in pieces, each against all that came before; an encoder reads all at once, and makes no
+    logits of tokens.
+    """
     widest = max(weight.shape[0] for weight, kind in _weights(model) if kind == "linear")
-    vocabulary = 0 if task == "classification" else model.config.vocab_size
-    return tokens // 2 * (2 * widest + vocabulary) * SINGLE
+    heads = int(model.config.num_attention_heads)
+    read = min(tokens, PREFILL_TOKENS) if task == "causal-lm" else tokens
+    logits = read * model.config.vocab_size if task == "causal-lm" else 0
+    return (read * (2 * widest + heads * tokens) + logits) * SINGLE
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from edgepeft import aside, evidence, roofline, sharding, traces
 from edgepeft import candidate as on_device
-from edgepeft import hardware as profiles
 from edgepeft.candidate import DDP, FSDP, Candidate, needed_bytes
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.hardware import Hardware
@@ -88,16 +87,14 @@ class Plan:
         need = needed_bytes(least.reserved_bytes, self.hardware)
         tried = "any method" if len({each.method for each in self.candidates}) > 1 else least.method
         largest = max(least.bytes, key=lambda kind: least.bytes[kind])
-        others = sorted((profiles.load(name) for name in profiles.names()), key=lambda h: h.available_bytes)
-        enough = [h.name for h in others if needed_bytes(least.reserved_bytes, h) <= h.available_bytes]
-        remedy = f"It would fit {enough[0]}." if enough else "No profile of one device has that much."
-        if least.phase in AFTERWARDS:
-            remedy = f"`edgepeft train` alone takes less; export on another computer. {remedy}"
+        training = min(each.training_bytes for each in self.candidates)
+        alone = least.phase in AFTERWARDS and needed_bytes(training, self.hardware) <= self.hardware.available_bytes
+        remedy = "`edgepeft train` alone fits; export on another computer. " if alone else ""
         return (
             f"{self.model} does not fit {self.machine} with {tried}: the least is {least.method} at "
             f"{least.precision} with {need / GiB:.1f} GiB, and {self.hardware.available_bytes / GiB:.1f} GiB are free.",
             f"Largest part: {largest}, {least.bytes[largest] / GiB:.1f} GiB, in {least.phase}.",
-            f"{remedy} Shorter sequences (--seq-len) or a smaller model need less.",
+            f"{remedy}`edgepeft plan --gpu {self.hardware.name} --model {self.model}` looks for what would.",
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -162,14 +159,17 @@ def plan(
         accumulates: whether an update may take several microbatches.
         first: trace in the order of preference and stop at the first that fits comfortably: the same choice, sooner.
         sparing: trace each method in one precision after the other, and in none after one that fits comfortably.
-        objective: what decides among what fits: quality (the safest method), memory (the smallest peak) or speed (the
-            shortest update, as estimated).
+        objective: what decides among what fits: quality (the safest method), memory (the smallest peak, of one example
+            at a time) or speed (the shortest update, as estimated).
         examples: of the training data, seen ``epochs`` times: how many updates the job has.
         devices: how many of the hardware share a global batch, which is a multiple of it.
         sharded: whether FSDP is planned beside DDP, in which every device holds all; ``edgepeft run`` does DDP alone.
         whole: whether the model is merged and exported on the hardware too; a CPU's plan then counts it.
         progress: called with how many configurations are traced, of how many.
     """
+    if objective == "memory":
+        microbatch = microbatch or 1
+    share = global_batch // devices
     wanted = [
         Configuration(
             model=model,
@@ -223,21 +223,22 @@ def plan(
                 elif devices > 1 and traces.traits(configuration.method).updates_in_backward:
                     excluded[configuration.method] = "It updates inside backward, before the devices share gradients."
                 else:
-                    shares = (hardware, microbatch, global_batch // devices, devices)
+                    size = share if traces.traits(configuration.method).updates_in_backward else microbatch
                     candidates.extend(
-                        on_device.of(configuration, surface, *shares, strategy, whole)
+                        on_device.of(configuration, surface, hardware, size, share, devices, strategy, whole)
                         for strategy, surface in _shared(configuration, traced, devices, sharded)
                     )
-            settled = {each.method for each in candidates if _comfortable(each, global_batch)}
+            settled = {each.method for each in candidates if _comfortable(each, microbatch or share)}
             if first and settled:
                 return  # all others rank behind it
 
-    consider([[configuration] for configuration in wanted] if first else _rounds(wanted, sparing, objective))
+    consider(_alike(wanted, hardware) if first else _rounds(wanted, sparing, objective))
     if optimizer is None and (not settled or (objective == "memory" and methods and not sparing)):
         settled = set()
-        gaining = [each for each in wanted if _gains(each, candidates, hardware, microbatch)]
+        fixed = None if objective == "memory" else microbatch
+        gaining = [each for each in wanted if _gains(each, candidates, hardware, fixed)]
         lighter = [replace(each, optimizer=EIGHT_BIT) for each in gaining]
-        consider([[each] for each in lighter] if first else [lighter])
+        consider(_alike(lighter, hardware) if first else [lighter])
     if not candidates and refused is not None:
         raise refused
     if not candidates:  # what was asked for is excluded on several devices
@@ -247,7 +248,7 @@ def plan(
             base.create(method, options[0]).check_devices(devices)
     for method in {each.method for each in candidates}:  # refused on other precisions only
         excluded.pop(method, None)
-    candidates.sort(key=lambda candidate: _rank(candidate, global_batch // devices, hardware, objective))
+    candidates.sort(key=lambda candidate: _rank(candidate, microbatch or share, hardware, objective))
     choice = 0 if candidates and candidates[0].fits else None
     return Plan(
         hardware=hardware,
@@ -255,12 +256,22 @@ def plan(
         task=task,
         candidates=tuple(candidates),
         choice=choice,
-        why="" if choice is None else _why(candidates, hardware, objective) + _afterwards(candidates[0], hardware),
+        why=""
+        if choice is None
+        else _why(candidates, hardware, objective, microbatch or share) + _afterwards(candidates[0], hardware),
         excluded=excluded,
         updates=None if examples is None else math.ceil(epochs * math.ceil(examples / global_batch)),
         times=TIMES if devices == 1 else f"{TIMES} {APART}",
         devices=devices,
     )
+
+
+def _alike(wanted: Sequence[Configuration], hardware: Hardware) -> list[list[Configuration]]:
+    """Those that differ in options and checkpointing together, which are traced at once; in order of preference."""
+    found: dict[tuple[Any, ...], list[Configuration]] = {}
+    for configuration in wanted:
+        found.setdefault(_preference(configuration, hardware)[:-1], []).append(configuration)
+    return list(found.values())
 
 
 def _rounds(wanted: Sequence[Configuration], sparing: bool, objective: str) -> list[list[Configuration]]:
@@ -289,18 +300,19 @@ def _shared(configuration: Configuration, traced: Surface, devices: int, sharded
     return [*ways, (FSDP, sharding.sharded(traced, found))] if found.divisible else ways
 
 
-def _rank(candidate: Candidate, global_batch: int, hardware: Hardware, objective: str) -> tuple[Any, ...]:
+def _rank(candidate: Candidate, wanted: int, hardware: Hardware, objective: str) -> tuple[Any, ...]:
     """Smaller is better: what fits, at a comfortable microbatch, by the safest method, in the most exact precision."""
     if objective == "memory":
-        return (not candidate.fits, candidate.process_bytes / candidate.microbatch, candidate.method)
+        return (not candidate.fits, candidate.process_bytes, *_preference(candidate, hardware))
     if objective == "speed":
         return (not candidate.fits, candidate.update_seconds or math.inf, *_preference(candidate, hardware))
     preference = (*_preference(candidate, hardware), candidate.strategy)
-    return (not candidate.fits, not _comfortable(candidate, global_batch), *preference)
+    return (not candidate.fits, not _comfortable(candidate, wanted), *preference)
 
 
-def _comfortable(candidate: Candidate, global_batch: int) -> bool:
-    return candidate.verdict == "FITS" and candidate.microbatch >= min(COMFORTABLE, global_batch)
+def _comfortable(candidate: Candidate, wanted: int) -> bool:
+    """Whether it fits with room to spare, and with as many examples at once as are ``wanted``, or several."""
+    return candidate.verdict == "FITS" and candidate.microbatch >= min(COMFORTABLE, wanted)
 
 
 def _gains(wanted: Configuration, candidates: Sequence[Candidate], hardware: Hardware, fixed: int | None) -> bool:
@@ -337,10 +349,10 @@ def _afterwards(best: Candidate, hardware: Hardware) -> str:
     return said
 
 
-def _why(candidates: Sequence[Candidate], hardware: Hardware, objective: str) -> str:
+def _why(candidates: Sequence[Candidate], hardware: Hardware, objective: str, wanted: int) -> str:
     best = candidates[0]
     if objective == "memory":
-        return f"{best.method} on {best.precision} needs least for each example of its microbatch."
+        return f"{best.method} on {best.precision} takes least, {best.process_bytes / GiB:.1f} GiB."
     if objective == "speed":
         if best.update_seconds is None:
             return f"No time is known of these; {best.method} on {best.precision} is the safest that fits."
@@ -348,6 +360,10 @@ def _why(candidates: Sequence[Candidate], hardware: Hardware, objective: str) ->
     others = len({each.method for each in candidates}) > 1
     safest = "is the safest method that fits" if others else "fits"
     parts = [f"{best.method} {safest} with a microbatch of {best.microbatch}"]
+    before = [each for each in candidates if each.fits and _preference(each, hardware) < _preference(best, hardware)]
+    for other in {each.method: each for each in before if each.method != best.method}.values():
+        tight = " and no room to spare" if other.verdict == "TIGHT" else ""
+        parts.append(f"{other.method} fits with {other.microbatch}{tight}")
     if best.precision in PACKED and any(each.precision not in PACKED for each in candidates):
         parts.append(f"{best.precision} because the weights do not fit well at {default_precisions(hardware)[0]}")
     if best.optimizer == EIGHT_BIT and any(each.optimizer == ADAMW for each in candidates):

@@ -75,6 +75,11 @@ def plan(
     _needs("--epochs", epochs, "--examples or --recipe", examples is not None or recipe is not None)
     _alone("--json", as_json, {"--markdown": markdown or None}, "Both are printed to the same place.")
 
+    for flag, path in (("--recipe", recipe), ("--html", html)):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            why = "It is a folder." if path.is_dir() else f"There is no folder {path.absolute().parent}."
+            raise UsageError(f"plan: {flag} {path} cannot be written.", why, "Give the name of a file.")
+
     from edgepeft import alternatives, hardware, planning, tables
     from edgepeft import recipe as recipes
     from edgepeft.candidate import FSDP
@@ -95,14 +100,15 @@ def plan(
         "devices": gpus,
     }
 
-    def planned(device: hardware.Hardware, **changes: Any) -> Plan:
+    def planned(device: hardware.Hardware, /, **changes: Any) -> Plan:
+        device = changes.pop("device", device)
         progress = tables.quiet if as_json else tables.progress(f"tracing for {device.name}")
         return planning.plan_model(model, device, **{**asked, **changes}, progress=progress)
 
     if all_gpus:
         _machines([planned(device) for device in planning.machines()], html, as_json)
         return
-    device = planning.leaving(hardware.load(gpu or hardware.AUTO), round(reserve * 2**30))
+    device = planning.leaving(hardware.load(hardware.AUTO if gpu is None else gpu), reserve)
     found = planned(device)
     if markdown:
         print(tables.markdown(found))
@@ -115,7 +121,9 @@ def plan(
         if found.choice is not None:
             tables.say(f"The recipe is for what `edgepeft run` does, which is DDP: {found.why}")
     if recipe is not None and found.choice is not None:
-        chosen = planning.recipe(found, data or "data.jsonl", seq_len, target_len, global_batch, epochs)
+        named = hardware.AUTO if gpu is None else gpu
+        counts = (seq_len, target_len, global_batch, epochs)
+        chosen = planning.recipe(found, data or "data.jsonl", named, *counts, trust_remote_code)
         recipes.write(chosen, recipe)
     ways: tuple[alternatives.Alternative, ...] = ()
     if found.choice is None:
@@ -126,7 +134,8 @@ def plan(
             fact = f"{model} fits {found.machine} by FSDP only, which `edgepeft run` does not do."
         tables.say(f"{short} Looking for what would ...")
         tokens = seq_len or planning.DEFAULT_TOKENS
-        ways = alternatives.find(found, again, tokens=tokens, method=method, precision=precision)
+        batch = global_batch or planning.DEFAULT_GLOBAL_BATCH
+        ways = alternatives.find(found, again, tokens=tokens, global_batch=batch, method=method, precision=precision)
         if not as_json:
             raise EdgePeftError(fact, cause, alternatives.remedy(ways))
     if as_json:
@@ -156,21 +165,26 @@ def _inference(
     target: str | None,
     task: str | None,
     tokens: int | None,
-    training: Mapping[str, Any],
+    training: dict[str, Any],
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     _needs("--target", target, "--infer", infer)
-    _alone("--infer", True, training, "These are about training.")
+    if (gpu := training.pop("--gpu", None)) is not None:
+        raise UsageError("plan: --infer has a --target instead of a --gpu.", "", f"Use --target {gpu}.")
+    _alone("--infer", True, training, "With --infer there is nothing to train.")
     from edgepeft import backbone, hardware, inferplan, tables
 
-    device = hardware.load(target or hardware.AUTO)
+    device = hardware.load(hardware.AUTO if target is None else target)
     source = backbone.resolve(model)
-    found = inferplan.plan_model(source, device, task=task, tokens=tokens, trust_remote_code=trust_remote_code)
+    planned = partial(inferplan.plan_model, source, device, task=task, trust_remote_code=trust_remote_code)
+    found = planned(tokens=tokens)
     if as_json:
         _print_json(found.as_json())
     else:
         tables.inference(found)
+    if not found.fits and not as_json:
+        tables.say(f"Nothing fits. {inferplan.remedy(found, lambda shorter: planned(tokens=shorter))}")
     if not found.fits:
         raise typer.Exit(1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from edgepeft.candidate import usable_microbatch
 from edgepeft.catalog.fields import positions, positions_left
 from edgepeft.errors import UsageError, nearest
 from edgepeft.hardware import Hardware
-from edgepeft.plan import PRECISIONS, Plan, plan
+from edgepeft.plan import PRECISIONS, PREFERRED, GiB, Plan, plan
 from edgepeft.recipe import Recipe
 from edgepeft.surface import OPTIMIZERS
 
@@ -24,6 +23,7 @@ DEFAULT_EPOCHS = 1.0
 TASKS = ("classification", "causal-lm", "seq2seq")
 OBJECTIVES = ("quality", "memory", "speed")
 ALL = "all"
+MOST = 10**12  # of anything that is counted
 
 
 def plan_model(
@@ -73,8 +73,8 @@ def plan_model(
             raise UsageError(f"plan: {value!r} is not known here.", "", nearest(value, known))
     counts = {"seq-len": tokens, "target-len": target_tokens, "global-batch": global_batch, "examples": examples}
     for flag, count in {**counts, "epochs": epochs}.items():
-        if count is not None and not 0 < count < math.inf:
-            raise UsageError(f"plan: --{flag} {count} must be positive.", "", "")
+        if count is not None and not 0 < count <= MOST:
+            raise UsageError(f"plan: --{flag} {count} must be above 0, and no more than {MOST:,}.", "", "")
     check_devices(devices, device)
     recipes.check_shared(global_batch or DEFAULT_GLOBAL_BATCH, devices)
     options = _options(settings, method)
@@ -128,37 +128,42 @@ def machines() -> list[Hardware]:
     return sorted(map(hardware.load, hardware.names()), key=lambda each: each.available_bytes)
 
 
-def leaving(device: Hardware, reserve_bytes: int) -> Hardware:
-    """The hardware with some of its memory left to others.
+def leaving(device: Hardware, reserve: float) -> Hardware:
+    """The hardware with ``reserve`` GiB of its memory left to others.
 
     Raises:
         UsageError: it does not have that much.
     """
-    if reserve_bytes >= device.available_bytes:
-        free = device.available_bytes / 2**30
-        raise UsageError(f"{device.name} has {free:.1f} GiB free for a job.", "", "Give --reserve less than that.")
-    return replace(device, reserved_bytes=device.reserved_bytes + reserve_bytes)
+    if not 0 <= reserve * GiB < device.available_bytes:  # also refuses NaN
+        free = device.available_bytes / GiB
+        raise UsageError(
+            f"{device.name} has {free:.1f} GiB free for a job.", f"--reserve is {reserve:g}.", "Give it less than that."
+        )
+    return replace(device, reserved_bytes=device.reserved_bytes + round(reserve * GiB))
 
 
 def recipe(
     found: Plan,
     data: str,
+    hardware: str,
     tokens: int | None,
     target_tokens: int | None,
     global_batch: int | None,
     epochs: float | None = None,
+    trust_remote_code: bool = False,
 ) -> Recipe:
     """The plan's choice as a recipe that ``edgepeft run --recipe`` takes.
 
     Args:
         data: what to train on.
+        hardware: a profile as it is asked for, by name or path.
     """
     chosen = found.chosen()
     global_batch = global_batch or DEFAULT_GLOBAL_BATCH
     values: dict[str, Any] = {
         "model": found.model,
         "data": data,
-        "hardware": found.hardware.name,
+        "hardware": str(Path(hardware).resolve()) if hardware.endswith(".toml") else hardware,
         "devices": found.devices,
         "method": chosen.method,
         "precision": chosen.precision,
@@ -171,6 +176,7 @@ def recipe(
         "task": found.task,
         "epochs": epochs,
         "options": dict(chosen.options),
+        "trust_remote_code": trust_remote_code or None,
     }
     return recipes.create({name: value for name, value in values.items() if value is not None})
 
@@ -191,7 +197,8 @@ def _options(settings: Sequence[str], method: str | None) -> list[dict[str, Any]
 
 
 def _check_options(values: Mapping[str, Any], method: str | None) -> None:
-    if values.keys() - {"options"} or (values and method in (None, ALL)):
+    options = values.get("options", {})
+    if values.keys() - {"options"} or not isinstance(options, Mapping) or (values and method in (None, ALL)):
         raise UsageError(
             "plan: --set takes options of a method, with --method.",
             "",
@@ -215,14 +222,13 @@ def _methods(method: str | None, options: Sequence[Mapping[str, Any]]) -> tuple[
 
 
 def _taken(method: str | None, options: Mapping[str, Any], tokens: int | None, fields: Mapping[str, Any]) -> int:
-    """How many positions a method takes from the input; at the usual lengths there are enough."""
-    if method in (None, ALL) or not (options or tokens):
+    """How many positions a method takes from the input; those that are planned when none is named take none."""
+    if method in (None, ALL, *PREFERRED) and not (options or tokens):
         return 0
-    from transformers import AutoConfig
-
+    from edgepeft import probe
     from edgepeft.methods import base
 
-    return base.create(str(method), options).positions(AutoConfig.for_model(**fields))
+    return 0 if method in (None, ALL) else base.create(str(method), options).positions(probe.as_config(fields))
 
 
 def _model(name: str, trust_remote_code: bool) -> tuple[dict[str, Any], str]:

@@ -138,10 +138,14 @@ def as_fields(config: PretrainedConfig) -> dict[str, Any]:
     return json.loads(config.to_json_string(use_diff=False))
 
 
-def _skeleton(model: Mapping[str, Any], task: str, at: str, pack: Packing, labels: int = 2) -> Backbone:
+def as_config(model: Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration that plain data are of."""
     fields = copy.deepcopy(dict(model))
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    return skeleton(config, task=task, at=at, labels=labels, pack=pack)
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def _skeleton(model: Mapping[str, Any], task: str, at: str, pack: Packing, labels: int = 2) -> Backbone:
+    return skeleton(as_config(model), task=task, at=at, labels=labels, pack=pack)
 
 
 def _noted(pack: Packing, found: Recording, mapped: list[torch.Tensor] | None) -> Packing:

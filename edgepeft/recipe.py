@@ -163,7 +163,7 @@ def read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"There is no recipe {path}.", "", "`edgepeft plan --recipe FILE` writes one.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"The recipe {path} cannot be read.", str(error), "Recipes are TOML files.") from error
 
 
@@ -178,7 +178,7 @@ def assign(values: dict[str, Any], setting: str) -> None:
         raise UsageError(f"--set {setting} is not of the form key=value.", "", "For example: --set options.rank=16")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     *parents, leaf = key.strip().split(".")
     for parent in parents:

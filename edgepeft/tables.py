@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -148,22 +149,25 @@ def plan(found: Plan) -> None:
         style="dim",
     )
     _screen.print(found.times, style="dim", highlight=False)
-    for method in dict.fromkeys(each.method for each in found.candidates):
-        for line in evidence.of(method):
-            _screen.print(f"{method}: {line}", style="dim", highlight=False)
-    for name, source in evidence.sources().items():
-        _screen.print(f"{name}: {source}. No promise for your data.", style="dim", highlight=False)
-    for method, reason in found.excluded.items():
-        _screen.print(f"{method} was left out: {reason}", style="dim", highlight=False)
+    for line in _beside(found):
+        _screen.print(line, style="dim", highlight=False, markup=False)
     if found.choice is not None:
-        _screen.print(f"Choice: {found.why}", highlight=False)
+        _screen.print(f"Choice: {found.why}", highlight=False, markup=False)
         if (job := _job(found)) is not None:
             _screen.print(job, highlight=False)
 
 
+def _beside(found: Plan) -> Iterator[str]:
+    """What others measured of the methods' quality, with its sources, and what was left out."""
+    for method in dict.fromkeys(each.method for each in found.candidates):
+        yield from (f"{method}: {line}" for line in evidence.of(method))
+    yield from (f"{name}: {source}. No promise for your data." for name, source in evidence.sources().items())
+    yield from (f"{method} was left out: {reason}" for method, reason in found.excluded.items())
+
+
 def narrow(found: Plan, title: str) -> Table:
     """The candidates for a terminal that is too narrow for a column of each kind: they share one."""
-    table = Table("", "method", "precision", title=title, title_justify="left", box=None, header_style="bold")
+    table = Table("", "method", "precision", title=escape(title), title_justify="left", box=None, header_style="bold")
     for column in ("micro-\nbatch", "process", "est.\ns/update"):
         table.add_column(column, justify="right")
     table.add_column("tensors by kind")
@@ -174,7 +178,7 @@ def narrow(found: Plan, title: str) -> Table:
         ]
         table.add_row(
             "→" if number == found.choice else each.verdict,
-            _named(each),
+            escape(_named(each)),
             f"{each.precision}{again}",
             str(each.microbatch),
             f"{each.process_bytes / GiB:.2f}",
@@ -188,7 +192,7 @@ def narrow(found: Plan, title: str) -> Table:
 
 
 def _wide(found: Plan, title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+    table = Table(title=escape(title), title_justify="left", box=None, header_style="bold")
     for column in ("", "method", "precision", "checkpointed", *(["shared by"] * (found.devices > 1))):
         table.add_column(column)
     for column in (
@@ -212,7 +216,7 @@ def _wide(found: Plan, title: str) -> Table:
         sizes = [each.process_bytes, each.peak_bytes, *(each.bytes.get(kind, 0) for kind in _KINDS)]
         table.add_row(
             mark,
-            _named(each),
+            escape(_named(each)),
             each.precision,
             "yes" if each.checkpointing else "",
             *([each.strategy] * (found.devices > 1)),
@@ -226,12 +230,12 @@ def _wide(found: Plan, title: str) -> Table:
 
 
 def machines(plans: Sequence[Mapping[str, Any]]) -> None:
-    """Machines by methods for one model, as ``Plan.as_json`` gives the plans: the largest microbatch that fits.
+    """Machines by methods for one model, as ``Plan.as_json`` gives the plans: the first choice of each method.
 
     The more fits, the greener.
     """
     ordered, names = heatmap.ordered(plans)
-    title = f"{ordered[0]['model']}: the largest microbatch, at the most exact precision that fits"
+    title = f"{ordered[0]['model']}: each method's first choice, with the largest microbatch that fits"
     table = Table("machine", box=None, header_style="bold", padding=(0, 1, 0, 0))
     table.add_column("free", justify="right")
     for name in names:
@@ -240,9 +244,10 @@ def machines(plans: Sequence[Mapping[str, Any]]) -> None:
         cells = (_cell(each, name) for name in names)
         table.add_row(each["hardware"], f"{each['available_bytes'] / GiB:.1f} GiB", *cells)
     narrowest = 36 + sum(2 + max(len(name), len(_WIDEST)) for name in names)
-    _screen.print(title, style="bold", highlight=False)
+    _screen.print(title, style="bold", highlight=False, markup=False)
     Console(width=max(_screen.width, narrowest)).print(table)
-    _screen.print("NO: not even one example fits. +: activations are computed again.", style="dim", highlight=False)
+    said = "NO: not even one example fits. *: with no room to spare. +: activations are computed again."
+    _screen.print(said, style="dim", highlight=False)
 
 
 _WIDEST = " 1024 int8+ "
@@ -253,7 +258,8 @@ def _cell(found: Mapping[str, Any], method: str) -> Text:
     best = heatmap.best(found, method)
     if best is not None:
         shade = sum(best["microbatch"] >= step for step in heatmap.STEPS) - 1
-        shown = f" {best['microbatch']:,} {best['precision']}{'+' if best['checkpointing'] else ''} "
+        size = f"{best['microbatch']:,}{heatmap.tight(best)}"
+        shown = f" {size} {best['precision']}{'+' if best['checkpointing'] else ''} "
         return Text(shown, style=f"black on color({_GREENS[shade]})")
     tried = any(candidate["method"] == method for candidate in found["candidates"])
     return Text("NO", style="red") if tried else Text("–", style="dim")
@@ -302,6 +308,7 @@ def markdown(found: Plan) -> str:
         cells += [f"{each.process_bytes / GiB:.2f}", f"{each.peak_bytes / GiB:.2f}", each.phase, *_times(found, each)]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", found.times]
+    lines += ["", *(f"- {line}" for line in _beside(found))]
     if found.choice is not None:
         lines += ["", f"Choice: {found.why} {_job(found) or ''}".rstrip()]
     return "\n".join(lines)
@@ -311,7 +318,7 @@ def inference(found: InferencePlan) -> None:
     """What running a model takes at each precision."""
     free = found.hardware.available_bytes / GiB
     title = f"Running {found.model} on {found.hardware.name}: {free:.1f} GiB free, {found.tokens} tokens of context"
-    table = Table("", "precision", title=title, title_justify="left", box=None, header_style="bold")
+    table = Table("", "precision", title=escape(title), title_justify="left", box=None, header_style="bold")
     for column in ("memory", "weights", "keys and values", "rest", "reads tokens/s", "writes tokens/s"):
         table.add_column(column, justify="right")
     for each in found.variants:

@@ -9,6 +9,7 @@ import contextlib
 import gzip
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -88,10 +89,9 @@ def find(
             found[index] = known
     missing = [index for index in range(len(wanted)) if index not in found]
     if missing:
-        progress(len(found), len(wanted))
-        for index, result in _trace(
-            [wanted[index] for index in missing], lambda n: progress(len(found) + n, len(wanted))
-        ):
+        had = len(found)
+        progress(had, len(wanted))
+        for index, result in _trace([wanted[index] for index in missing], lambda n: progress(had + n, len(wanted))):
             found[missing[index]] = result
     return [found[index] for index in range(len(wanted))]
 
@@ -233,6 +233,7 @@ def _trace(
     jobs = [[wanted[index] for index in indices] for indices in together.values()]
     if len(jobs) == 1:
         yield from enumerate(_kept(jobs[0], _surfaces(jobs[0])))
+        progress(len(jobs[0]))
         return
     import concurrent.futures
 
@@ -340,7 +341,20 @@ def _path(configuration: Configuration) -> Path:
     content = {**asdict(replace(configuration, microbatch=0)), "versions": _versions()}
     if (said := text_of(configuration.method)) is not None:
         content |= {"configuration": said, "peft": importlib.metadata.version("peft")}
+    elif configuration.method not in _shipped_methods():
+        content |= {"source": _source(configuration.method)}
     return folder / f"{hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()}.json"
+
+
+@cache
+def _source(method: str) -> str:
+    """What a method from elsewhere is: the Python files of its folder."""
+    from edgepeft.methods import base
+
+    found = hashlib.sha256()
+    for file in sorted(Path(inspect.getfile(base.find(method))).parent.glob("*.py")):
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 def again(tmp_path: Path) -> Callable[..., Plan]:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
 
-    def plan(device: Hardware, **changes: Any) -> Plan:
+    def plan(device: Hardware, /, **changes: Any) -> Plan:
+        device = changes.pop("device", device)
         return planning.plan_model(str(tmp_path), device, **{**ASKED, **changes})
 
     return plan
@@ -56,7 +58,12 @@ def test_shorter_sequences_and_larger_machines_are_proposed_where_they_fit(again
     failed = again(small)
     assert failed.choice is None
     found = alternatives.find(
-        failed, lambda **changes: again(small, **changes), tokens=2048, method="ln_tuning", precision="bf16"
+        failed,
+        lambda **changes: again(small, **changes),
+        tokens=2048,
+        global_batch=16,
+        method="ln_tuning",
+        precision="bf16",
     )
     said = alternatives.remedy(found)
     assert "--seq-len 1024 with ln_tuning on bf16" in said
@@ -65,7 +72,7 @@ def test_shorter_sequences_and_larger_machines_are_proposed_where_they_fit(again
         device = hardware.load(way.change["hardware"]) if "hardware" in way.change else small
         chosen = again(device, **{name: value for name, value in way.change.items() if name != "hardware"}).chosen()
         assert (chosen.method, chosen.precision, chosen.optimizer) == (way.method, way.precision, way.optimizer)
-        assert "hardware" in way.change or chosen.process_bytes == way.process_bytes
+        assert "hardware" in way.change or chosen.least_bytes == way.least_bytes
     assert {"tokens", "hardware"} <= {name for way in found for name in way.change}
 
 
@@ -73,7 +80,7 @@ def test_sequences_are_not_shortened_in_vain(again: Callable[..., Plan]) -> None
     none = with_free(hardware.load("a100-40gb"), 1 << 20)  # less than the weights
     failed = again(none)
     found = alternatives.find(
-        failed, lambda **changes: again(none, **changes), tokens=2048, method=None, precision=None
+        failed, lambda **changes: again(none, **changes), tokens=2048, global_batch=16, method=None, precision=None
     )
     said = alternatives.remedy(found)
     assert "--seq-len" not in said and "--method" not in said and "jetson" in said
@@ -91,6 +98,7 @@ def test_a_narrower_adapter_is_proposed_where_it_fits(again: Callable[..., Plan]
         failed,
         lambda **changes: again(small, **{**asked, **changes}),
         tokens=32,
+        global_batch=16,
         method="lora",
         precision="bf16",
     )
@@ -104,12 +112,53 @@ def test_training_alone_is_proposed_where_merging_and_exporting_do_not_fit(again
     small = with_free(laptop, (whole + alone) // 2)
     failed = again(small, **asked)
     assert failed.choice is None and "in exporting" in failed.nothing_fits()[1]
-    assert "`edgepeft train` alone takes less" in failed.nothing_fits()[2]
+    assert "`edgepeft train` alone fits" in failed.nothing_fits()[2]
     way, *_ = alternatives.find(
-        failed, lambda **changes: again(small, **{**asked, **changes}), tokens=32, method="lora", precision=None
+        failed,
+        lambda **changes: again(small, **{**asked, **changes}),
+        tokens=32,
+        global_batch=16,
+        method="lora",
+        precision=None,
     )
     assert way.change == {"whole": False} and way.text.startswith("`edgepeft train` alone with lora on")
-    assert again(small, **{**asked, **way.change}).chosen().process_bytes == way.process_bytes
+    assert again(small, **{**asked, **way.change}).chosen().least_bytes == way.least_bytes
+
+
+def test_a_machine_of_another_kind_is_proposed_where_there_is_none_alike(again: Callable[..., Plan]) -> None:
+    """By planning for it: what a CPU takes says nothing of a GPU."""
+    none = with_free(hardware.load("t4-16gb"), 1 << 20)  # the only GPU without bf16
+    failed = again(none, precision=None)
+    found = alternatives.find(
+        failed, partial(again, none, precision=None), tokens=2048, global_batch=16, method=None, precision=None
+    )
+    named = [way.change["hardware"] for way in found if "hardware" in way.change]
+    assert len(named) == 1 and again(hardware.load(named[0]), precision=None).choice is not None
+
+
+def test_a_method_that_cannot_accumulate_is_offered_a_smaller_global_batch(again: Callable[..., Plan]) -> None:
+    device, asked = hardware.load("a100-40gb"), {"method": "galore", "tokens": 512}
+    sizes = [again(with_free(device, 1 << 20), **asked, global_batch=batch).least.process_bytes for batch in (16, 4)]
+    small = with_free(device, sum(sizes) // 2)
+    failed = again(small, **asked)
+    assert failed.choice is None and {each.microbatch for each in failed.candidates} == {16}
+    found = alternatives.find(
+        failed, partial(again, small, **asked), tokens=512, global_batch=16, method="galore", precision=None
+    )
+    (way,) = [way for way in found if "global_batch" in way.change]
+    chosen = again(small, **{**asked, **way.change}).chosen()
+    assert chosen.microbatch == way.change["global_batch"] < 16
+
+
+def test_the_nearest_precision_is_proposed(again: Callable[..., Plan]) -> None:
+    device = hardware.load("a100-40gb")
+    sizes = [again(with_free(device, 1 << 20), precision=at).least.process_bytes for at in ("fp32", "bf16")]
+    small = with_free(device, sum(sizes) // 2)
+    failed = again(small, precision="fp32")
+    found = alternatives.find(
+        failed, partial(again, small), tokens=2048, global_batch=16, method="ln_tuning", precision="fp32"
+    )
+    assert [way.change["precision"] for way in found if set(way.change) == {"precision"}] == ["bf16"]
 
 
 def with_free(device: Hardware, free_bytes: int) -> Hardware:

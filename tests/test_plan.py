@@ -127,8 +127,9 @@ def test_extrapolated_depth_and_microbatch_agree_with_a_full_trace(
     surface = extrapolate.surface(wanted)
     for microbatch in (1, 24):
         extrapolated = surface.peaks(microbatch)
-        for phase, peak in probe.peaks(replace(wanted, microbatch=microbatch)).items():
-            assert sum(extrapolated[phase].values()) == pytest.approx(peak.peak_bytes, rel=0.002)
+        traced = probe.record(replace(wanted, microbatch=microbatch), whole=True).tracker.peaks()
+        for phase in ("forward+backward", "update", "evaluation"):
+            assert sum(extrapolated[phase].values()) == pytest.approx(traced[phase].peak_bytes, rel=0.002), phase
 
 
 @pytest.mark.parametrize("method", ("lora", "lets", "far"))
@@ -314,7 +315,7 @@ def test_when_nothing_fits_the_error_says_what_would() -> None:
     none = hardware.Hardware(**{**vars(small), "memory_bytes": small.reserved_bytes + 1000})
     with pytest.raises(EdgePeftError) as caught:
         small_plan(hardware=none).chosen()
-    assert "does not fit" in caught.value.fact and "would fit" in caught.value.remedy
+    assert "does not fit" in caught.value.fact and "looks for what would" in caught.value.remedy
 
 
 def test_a_packed_backbone_cannot_be_tuned_in_full() -> None:
@@ -344,7 +345,8 @@ def test_stopping_at_the_first_that_fits_chooses_the_same() -> None:
     both = {"methods": ["lora", "ln_tuning"], "precisions": ["fp32", "nf4"], "checkpointing": None}
     every, soon = small_plan(**both), small_plan(**both, first=True)
     assert soon.chosen() == every.chosen()
-    assert len(soon.candidates) == 1 < len(every.candidates)
+    assert {(each.method, each.precision) for each in soon.candidates} == {("lora", "fp32")}
+    assert len(soon.candidates) < len(every.candidates)
 
 
 def test_many_methods_are_planned_in_further_precisions_only_where_they_do_not_fit_well() -> None:

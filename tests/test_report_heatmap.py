@@ -20,7 +20,8 @@ def candidate(method: str, peak: float, fits: bool, **more: Any) -> dict[str, An
         "microbatch": 4 if fits else 1,
         "checkpointing": False,
         "fits": fits,
-        "peak_bytes": int(peak * GIB),
+        "verdict": "FITS" if fits else "NO",
+        "process_bytes": int(peak * GIB),
         "phase": "forward+backward",
         "bytes": {"weights": int(peak * GIB * 0.75), "activations": int(peak * GIB * 0.25), "adapter": 0},
     } | more
@@ -42,7 +43,7 @@ LARGE = plan("large", 40, candidate("full", 30, True), candidate("lora", 10, Tru
 SMALL = plan(
     "small",
     8,
-    candidate("lora", 6, True, precision="nf4", microbatch=2),
+    candidate("lora", 6, True, precision="nf4", microbatch=2, verdict="TIGHT"),
     candidate("lora", 10, False),
     candidate("full", 30, False),
     candidate("full", 25, False, precision="nf4"),
@@ -88,7 +89,7 @@ def test_machines_and_methods_are_rows_and_columns(tmp_path: Path) -> None:
     assert [text.strip() for _, text in head] == ["machine", "lora", "full"]  # what most machines can run comes first
     assert small[0][1].startswith("small 8.00 GiB") and large[0][1].startswith("large 40.0 GiB")
     kind, text = small[1]
-    assert kind == "fit heat2" and text.startswith("2 lora, nf4 peak 6.00 GiB of 8.00 GiB in forward+backward")
+    assert kind == "fit heat2" and text.startswith("2* lora, nf4 process 6.00 GiB of 8.00 GiB in forward+backward")
     assert "weights 4.50 GiB activations 1.50 GiB" in text and "adapter" not in text
     assert "about" not in text and "about 0.25 s an update (estimated)" in large[1][1]
     assert large[1][0] == "fit heat6" and "33 lora, bf16, checkpointed" in large[1][1]
@@ -98,7 +99,7 @@ def test_machines_and_methods_are_rows_and_columns(tmp_path: Path) -> None:
 def test_what_does_not_fit_says_what_the_least_would_take(tmp_path: Path) -> None:
     heatmap.write([SMALL], tmp_path / "map.html")
     _, row = cells((tmp_path / "map.html").read_text(encoding="utf-8"))
-    assert row[2][0] == "unfit" and row[2][1].startswith("no full, nf4 peak 25.0 GiB of 8.00 GiB")
+    assert row[2][0] == "unfit" and row[2][1].startswith("no full, nf4 process 25.0 GiB of 8.00 GiB")
 
 
 def test_a_method_that_was_not_tried_is_a_dash() -> None:

@@ -11,6 +11,30 @@ _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decode
 _POSITIONS = ("max_position_embeddings", "n_positions")
 
 
+_COUNTED = ("vocab_size", "hidden_size", "d_model", "n_embd", "num_attention_heads", "num_heads", "n_head", *_DEPTHS)
+
+
+def check(name: str, model: Mapping[str, Any]) -> None:
+    """Refuse a configuration that no model can be built from, as far as its numbers tell.
+
+    Raises:
+        UsageError: see above.
+    """
+    wrong = next((f for f in _COUNTED if f in model and not (isinstance(model[f], int) and model[f] > 0)), None)
+    heads, shared = model.get("num_attention_heads"), model.get("num_key_value_heads")
+    if wrong is not None:
+        cause = f"Its {wrong} is {model[wrong]!r}, and must be a whole number above 0."
+    elif not any(f in model for f in _DEPTHS):
+        cause = f"It does not say how many layers there are: {' or '.join(_DEPTHS)}."
+    elif isinstance(heads, int) and shared is not None and not (isinstance(shared, int) and shared > 0):
+        cause = f"Its num_key_value_heads is {shared!r}, and must be a whole number above 0."
+    elif isinstance(heads, int) and shared is not None and heads % shared:
+        cause = f"Its {heads} attention heads cannot share {shared} of keys and values."
+    else:
+        return
+    raise UsageError(f"The configuration of {name} describes no model.", cause, "Correct its config.json.")
+
+
 def depth(model: Mapping[str, Any]) -> int:
     """Layers of each stack of a model."""
     return int(next(model[name] for name in _DEPTHS if model.get(name)))

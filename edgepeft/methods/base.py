@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DEPTHS = (2, 4)  # layers of the models that are traced for planning; even, as LST pairs them
+WHOLE = (1 << 30, 1 << 31)  # more than any model has: it is traced as a whole
 
 _FOREIGN = "edgepeft.foreign"  # imported by name: it stands on this module
 Kind = Literal["additive", "selective", "reparametrised", "hybrid"]
@@ -198,7 +199,8 @@ class Method(ABC):
     def depths(self) -> tuple[int, int]:
         """Two even numbers of layers that planning traces models of, where the model has more.
 
-        What each layer adds must be the same from the first number to the second and from there on.
+        What each layer adds must be the same from the first number to the second and from there on; ``WHOLE`` where
+        layers are not alike.
         """
         return DEPTHS
 
@@ -359,7 +361,7 @@ def _is(value: object, expected: type) -> bool:
 def _class_in(module_name: str) -> type[Method]:
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, TypeError, ValueError) as error:  # the latter two: no name of a module at all
         raise UsageError(
             f"There is no method {module_name!r}.",
             str(error),

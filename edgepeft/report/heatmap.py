@@ -42,7 +42,8 @@ def body(plans: Sequence[Plan]) -> Html:
         tag("div", tag("table", tag("thead", head), tag("tbody", *rows), class_="heat"), class_="scroll"),
         tag(
             "p",
-            "A cell shows the largest microbatch at the most exact precision that fits. Tap it for its peak memory.",
+            "A cell shows the plan's first choice of a method, by the largest microbatch that fits; * uses the margin. "
+            "Tap it for its precision and memory.",
             class_="note",
         ),
     )
@@ -64,6 +65,11 @@ def best(plan: Plan, method: str) -> Mapping[str, Any] | None:
     return next((c for c in plan["candidates"] if c["method"] == method and c["fits"]), None)
 
 
+def tight(candidate: Mapping[str, Any]) -> str:
+    """The mark of a candidate that fits into the margin only."""
+    return "*" if candidate["verdict"] == "TIGHT" else ""
+
+
 def _row(plan: Plan, methods: Sequence[str]) -> Html:
     name = join(plan["hardware"], tag("small", memory(plan["available_bytes"])))
     return tag("tr", tag("th", name, scope="row"), *(_cell(plan, method) for method in methods))
@@ -73,17 +79,17 @@ def _cell(plan: Plan, method: str) -> Html:
     found = best(plan, method)
     if found is not None:
         depth = sum(found["microbatch"] >= step for step in STEPS)
-        return tag("td", _opened(number(found["microbatch"]), found, plan), class_=f"fit heat{depth}")
+        return tag("td", _opened(f"{found['microbatch']:,}{tight(found)}", found, plan), class_=f"fit heat{depth}")
     tried = [c for c in plan["candidates"] if c["method"] == method]
     if not tried:
         return tag("td", "–", class_="untried", title=f"{method} cannot train this model here")
-    least = min(tried, key=lambda candidate: candidate["peak_bytes"])
+    least = min(tried, key=lambda candidate: candidate["process_bytes"])
     return tag("td", _opened("no", least, plan), class_="unfit")
 
 
 def _opened(shown: str, candidate: Mapping[str, Any], plan: Plan) -> Html:
     """What the cell says when it is tapped, and when the pointer rests on it."""
-    peak = f"peak {memory(candidate['peak_bytes'])} of {memory(plan['available_bytes'])}"
+    peak = f"process {memory(candidate['process_bytes'])} of {memory(plan['available_bytes'])}"
     again = ", checkpointed" if candidate["checkpointing"] else ""
     again += f", {EIGHT_BIT}" if candidate.get("optimizer") == EIGHT_BIT else ""
     what = f"{candidate['method']}, {candidate['precision']}{again}"
