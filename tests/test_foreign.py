@@ -185,6 +185,22 @@ def test_the_plan_depends_on_what_the_file_says(tmp_path: Path) -> None:
     assert peaks[0] < peaks[1]
 
 
+@pytest.mark.parametrize(
+    ("given", "whole"),
+    [
+        ({"target_modules": ["q_proj"]}, False),
+        ({"target_modules": "all-linear"}, False),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, True),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 8}}, True),
+        ({"target_modules": r".*layers\.1\..*q_proj"}, True),
+        ({"target_modules": ["layers.1.self_attn.q_proj"]}, True),
+    ],
+)
+def test_what_tells_layers_apart_is_traced_as_a_whole(given: dict[str, Any], whole: bool, tmp_path: Path) -> None:
+    method = base.create(peft_types.write(tmp_path, {"peft_type": "LORA", "r": 2, **given}))
+    assert (method.depths() == base.WHOLE) == whole
+
+
 def test_checkpointing_is_not_planned_where_its_layers_would_miss_something(tmp_path: Path) -> None:
     for kind, recomputes in (("PREFIX_TUNING", False), ("POLY", False), ("VBLORA", True)):
         name = peft_types.write(tmp_path / kind, peft_types.fields(kind, "llama"))

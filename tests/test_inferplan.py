@@ -60,6 +60,22 @@ def planned(name: str, device: str, tokens: int = 512) -> inferplan.InferencePla
     return inferplan.plan_model(source, hardware.load(device), task=None, tokens=tokens, trust_remote_code=False)
 
 
+def test_a_long_context_is_read_in_pieces() -> None:
+    """As the runtime does: the logits of a piece, and its attention's scores against all that came before."""
+    found = planned("qwen2.5-0.5b", "raspberry-pi-5-8gb", tokens=32768)
+    logits, scores = 256 * 151936 * 4, 256 * 14 * 32768 * 4
+    fp32 = found.variants[0]
+    assert logits + scores < fp32.working_bytes - inferplan.PROCESS_BYTES < 1.1 * (logits + scores)
+    assert found.fits
+
+
+def test_when_nothing_fits_what_would_is_named() -> None:
+    failed = planned("t5-11b", "raspberry-pi-5-8gb")
+    said = inferplan.remedy(failed, lambda tokens: planned("t5-11b", "raspberry-pi-5-8gb", tokens))
+    name = said.removeprefix("What would: --target ").removesuffix(".")
+    assert planned("t5-11b", name).fits and "--seq-len" not in said
+
+
 def test_smaller_weights_fit_and_are_faster() -> None:
     found = planned("llama-3.1-8b", "raspberry-pi-5-8gb")
     fp32, int8, int4 = found.variants

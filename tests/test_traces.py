@@ -135,6 +135,46 @@ def test_a_prompt_takes_positions_from_the_input(tokens: int, settings: list[str
     assert "512 positions" in caught.value.cause and caught.value.remedy
 
 
+def test_a_plan_leaves_a_prompt_its_positions_when_no_length_is_asked_for() -> None:
+    asked = dict.fromkeys(("task", "tokens", "target_tokens", "global_batch"))
+    found = planning.plan_model(
+        "minilm-l6",
+        profiles.load(GPU),
+        method="prompt_tuning",
+        precision="bf16",
+        settings=[],
+        trust_remote_code=False,
+        progress=lambda done, total: None,
+        **asked,  # type: ignore[arg-type]
+    )
+    assert found.chosen().fits
+    too_long = replace(traces.usual("minilm-l6", "prompt_tuning", "bf16"), tokens=413)
+    (refused,) = traces.find([too_long])
+    assert isinstance(refused, UsageError) and "512 positions" in refused.cause
+
+
+def test_a_changed_method_from_elsewhere_is_traced_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(traces, "_source", traces._source.__wrapped__)  # in one process it is asked for twice
+    source = "from edgepeft.methods.houlsby import Houlsby\n\n\nclass Theirs(Houlsby):\n    saves = ()\n"
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "method.py").write_text(source)
+    wanted = replace(traces.usual("minilm-l6", "lora", "bf16"), method="theirs.method")
+    before = traces._path(wanted)
+    assert traces._path(wanted) == before
+    (tmp_path / "theirs" / "method.py").write_text(source + "    narrow = {}\n")
+    assert traces._path(wanted) != before
+
+
+def test_progress_never_goes_back_or_beyond_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPEFT_CACHE", str(tmp_path))
+    seen: list[tuple[int, int]] = []
+    small = replace(traces.usual("minilm-l6", "bitfit", "bf16"), tokens=16)
+    wanted = [small, replace(small, precision="fp32"), replace(small, checkpointing=True)]
+    traces.find(wanted, lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen) and seen[0] == (0, 3) and seen[-1] == (3, 3)
+
+
 def test_memory_left_to_others_is_not_planned_with() -> None:
     device = profiles.load(GPU)
     assert planning.leaving(device, 1).available_bytes == device.available_bytes - 2**30
