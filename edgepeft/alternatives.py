@@ -10,7 +10,8 @@ from typing import Any
 from edgepeft import hardware, recipe, traces
 from edgepeft.candidate import FSDP, Candidate, needed_bytes
 from edgepeft.errors import UsageError
-from edgepeft.plan import PACKED, PRECISIONS, GiB, Plan, default_precisions
+from edgepeft.plan import PACKED, GiB, Plan, default_precisions
+from edgepeft.recipe import PRECISIONS
 from edgepeft.surface import ADAMW
 
 SHORTEST = 32  # tokens: shorter sequences are not proposed

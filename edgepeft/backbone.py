@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from edgepeft import anatomy, catalog, heap, precision
 from edgepeft.catalog import fields
+from edgepeft.data.tokens import check_files
 from edgepeft.errors import EdgePeftError, UsageError, beside, nearest, said
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedT
     """
     from transformers import AutoTokenizer
 
+    check_files(source.location, gguf=source.gguf is not None)
     with _refusing_unloadable(source):
         loaded = AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code, **_gguf(source))
     if not loaded.is_fast:

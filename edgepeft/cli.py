@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgepeft import flags, plancommand
 from edgepeft.errors import EdgePeftError, UsageError
+
+if TYPE_CHECKING:
+    from edgepeft.ledger import Row
 
 app = typer.Typer(
     help="Plan, fine-tune, merge and export models on the hardware you have.",
@@ -28,6 +31,23 @@ DataOption = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="The folder of the run.")]
 RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from edgepeft import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Plan, fine-tune, merge and export models on the hardware you have."""
 
 
 @app.command()
@@ -94,6 +114,10 @@ def measure(
     values: dict[str, Any] = {}
     for setting in settings or []:
         recipes.assign(values, setting)
+    if other := sorted(values.keys() - {"options"}):
+        raise UsageError(
+            f"measure: --set takes options of the method, and not {other[0]}.", "", "For example: --set options.rank=16"
+        )
     row = measuring.measure_model(
         backbone.resolve(model),
         hardware.load(hardware.AUTO),
@@ -132,6 +156,8 @@ def _to(until: str) -> Callable[..., None]:
         seq_len: flags.SeqLen = None,
         target_len: flags.TargetLen = None,
         global_batch: flags.GlobalBatch = None,
+        epochs: Annotated[float | None, typer.Option("--epochs", help="Times the data is seen.")] = None,
+        lr: Annotated[float | None, typer.Option("--lr", help="Highest learning rate.")] = None,
         settings: flags.Set = None,
         as_json: flags.Json = False,
     ) -> None:
@@ -150,6 +176,8 @@ def _to(until: str) -> Callable[..., None]:
             "max_tokens": seq_len,
             "max_target_tokens": target_len,
             "global_batch": global_batch,
+            "epochs": epochs,
+            "lr": lr,
         }
         values |= {name: value for name, value in flagged.items() if value is not None}
         for setting in settings or []:  # the recipe file, then flags, then --set: the later one wins
@@ -226,9 +254,9 @@ def main() -> None:
         sys.stdout.flush()
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError, FileNotFoundError) as error:
+    except OSError as error:
         sys.stdout.flush()
-        print(f"{error.filename} cannot be used.\n{error.strerror}.\nChoose another path.", file=sys.stderr)
+        print(f"{error.filename or error} cannot be used.\n{error.strerror}.\nChoose another path.", file=sys.stderr)
         sys.exit(EdgePeftError.exit_code)
 
 
@@ -251,9 +279,21 @@ def _run(values: dict[str, Any], out: Path, until: str, as_json: bool) -> None:
         _print_json({"out": str(out), "ledger": [asdict(row) for row in rows]})
     else:
         tables.ledger(rows)
+        _warn(rows)
         tables.say(f"report: {out / 'report.html'}")
         if until == "export":
             tables.say(f'Try it: edgepeft infer {space.device} "..."')
+
+
+def _warn(rows: Sequence[Row]) -> None:
+    """Say so where training did not help."""
+    from edgepeft import tables
+    from edgepeft.evaluate import better
+
+    base, tuned = (next((row.metrics for row in rows if row.artefact == name), None) for name in ("base", "adapter"))
+    if base and tuned and not better("classification" if "accuracy" in base else "", tuned, base):
+        before, after = (", ".join(f"{name} {value:.4f}" for name, value in each.items()) for each in (base, tuned))
+        tables.say(f"Fine-tuning did not help: {before} became {after}. Try more epochs (--epochs) or another --lr.")
 
 
 def _print_json(value: Any) -> None:

@@ -21,12 +21,13 @@ from edgepeft.export.package import package
 from edgepeft.files import size_bytes
 from edgepeft.ledger import Row
 from edgepeft.methods import base
-from edgepeft.recipe import Recipe
+from edgepeft.recipe import VARIANTS, Recipe
 from edgepeft.runtime.sessions import open_graphs
 from edgepeft.step import Batch
 from edgepeft.workspace import Workspace
 
 PROMPTS = 8  # answered and compared
+SLOWER = 1.2  # times as slow as fp32 is clearly slower; less may be chance
 UNBOUNDED = 4096  # tokens a device accepts for a model whose positions have no end (T5)
 
 
@@ -60,8 +61,8 @@ def deploy(
         ledger.record(space.ledger, rows[variant])
         say(f"export: onnx-{variant}: {_described(rows[variant])}")
     best = choose(rows)
-    shipped = {name: _marked(row, name == best) for name, row in rows.items()}
-    ledger.record(space.ledger, *shipped.values())
+    ledger.drop(space.ledger, {f"onnx-{name}" for name in VARIANTS} - {row.artefact for row in rows.values()})
+    ledger.record(space.ledger, *(_marked(row, rows["fp32"], name == best) for name, row in rows.items()))
     gate.questions.note(space.answers, device=gate.answers.get(best, []))
     package(
         graphs=space.onnx / best,
@@ -100,15 +101,20 @@ def _fp32(data: Data, space: Workspace, gate: _Gate, say: Callable[[str], None])
 
 
 def choose(rows: dict[str, Row]) -> str:
-    """The smallest variant that kept the fine-tune and is not slower than fp32 on this machine."""
-
-    def slower(row: Row) -> bool:
-        if row.tokens_per_second is not None and rows["fp32"].tokens_per_second is not None:
-            return row.tokens_per_second < rows["fp32"].tokens_per_second
-        return (row.latency_ms or 0.0) > (rows["fp32"].latency_ms or 0.0)
-
-    fitting = [name for name, row in rows.items() if row.kept and (name == "fp32" or not slower(row))]
+    """The smallest variant that kept the fine-tune and is not clearly slower than fp32 on this machine."""
+    fitting = [name for name, row in rows.items() if row.kept and not slower(row, rows["fp32"])]
     return min(fitting, key=lambda name: rows[name].bytes or 0)
+
+
+def slower(row: Row, fp32: Row) -> str:
+    """By how much a variant is slower than fp32, in words; nothing where that may be chance."""
+    if row.tokens_per_second is not None and fp32.tokens_per_second is not None:
+        clearly = row.tokens_per_second * SLOWER < fp32.tokens_per_second
+        said = f"{row.tokens_per_second:.1f} tokens/s against {fp32.tokens_per_second:.1f}"
+    else:
+        clearly = (row.latency_ms or 0.0) > SLOWER * (fp32.latency_ms or 0.0)
+        said = f"{row.latency_ms or 0.0:.1f} ms against {fp32.latency_ms or 0.0:.1f}"
+    return said if clearly else ""
 
 
 _REPORT = "The adapter and the merged model are untouched. Please report it with the recipe."
@@ -178,8 +184,10 @@ def _longest(configuration: Any, recipe: Recipe) -> int:
     return most - base.create(recipe.method, recipe.options).positions(configuration)
 
 
-def _marked(row: Row, shipped: bool) -> Row:
-    note = row.note or ("On the device." if shipped else "Not on the device: another is smaller and as good.")
+def _marked(row: Row, fp32: Row, shipped: bool) -> Row:
+    late = slower(row, fp32)
+    why = f"it is slower here than fp32, {late}" if late else "another is smaller and as good"
+    note = row.note or ("On the device." if shipped else f"Not on the device: {why}.")
     return Row(**{**vars(row), "kept": shipped, "note": note})
 
 

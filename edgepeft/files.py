@@ -70,6 +70,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed processes were writing below ``folder``. For folders that no other process writes to."""
     for path in [*folder.rglob(".*.part"), *folder.rglob(".*.old")]:
+        if not path.name.rsplit(".", 2)[-2].isdecimal():  # somebody else's
+            continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -101,6 +103,10 @@ def size_bytes(path: Path) -> int:
 
 
 def _flush(path: Path) -> None:
-    """Have the bytes on disk before the rename that makes them visible, so that a power cut leaves no empty file."""
+    """Have the bytes on disk before the rename that makes them visible, so that a power cut leaves no empty file.
+
+    Whoever may read the folder may read the file: safetensors makes files for their owner alone.
+    """
+    path.chmod(path.parent.stat().st_mode & 0o666)
     with path.open("rb") as file:
         os.fsync(file.fileno())

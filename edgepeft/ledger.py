@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,13 @@ def record(path: Path, *rows: Row) -> None:
     known = {row.artefact: row for row in read(path)}
     known.update({row.artefact: row for row in rows})
     write_json(path, [asdict(row) for row in known.values()])
+
+
+def drop(path: Path, artefacts: Collection[str]) -> None:
+    """Remove the rows of artefacts that are no more."""
+    rows = read(path)
+    if any(row.artefact in artefacts for row in rows):
+        write_json(path, [asdict(row) for row in rows if row.artefact not in artefacts])
 
 
 def find(path: Path, artefact: str) -> Row | None:

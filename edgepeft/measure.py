@@ -20,6 +20,7 @@ import torch
 from transformers import AutoConfig
 
 from edgepeft import backbone, largest, machine, precision, probe, roofline
+from edgepeft.errors import UsageError
 from edgepeft.files import write_text
 from edgepeft.hardware import Hardware
 from edgepeft.methods import base
@@ -129,6 +130,8 @@ def append(path: Path, row: dict[str, Any]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     before = path.read_text(encoding="utf-8") if path.exists() else ""
+    if before and before.partition("\n")[0] != ",".join(COLUMNS):
+        raise UsageError(f"{path} holds other rows.", "Its first line is another header.", "Give another file.")
     if not before:
         writer.writeheader()
     writer.writerow(row)

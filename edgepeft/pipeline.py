@@ -24,7 +24,7 @@ from edgepeft.catalog.fields import positions_left
 from edgepeft.data.tokens import pad_id
 from edgepeft.errors import UsageError
 from edgepeft.evaluate import evaluate, validation_batches
-from edgepeft.files import size_bytes, write_json
+from edgepeft.files import remove_leftovers, size_bytes, write_json
 from edgepeft.hardware import load as load_hardware
 from edgepeft.heap import ample
 from edgepeft.launch import threads, train_together, usable
@@ -50,6 +50,8 @@ def run(wanted: Recipe, out: Path, *, until: str = STAGES[-1], say: Say = lambda
         UsageError: something about the input is wrong; found before work starts.
         EdgePeftError: a stage failed; what was finished before stays.
     """
+    if Workspace(out).recipe.exists():
+        remove_leftovers(out)
     job = _Job(wanted, out, until, say)
     with threads(job.hardware):
         for stage in STAGES[: STAGES.index(until) + 1]:
@@ -107,7 +109,7 @@ class _Job:
         )
         self.questions = Questions.of(self.data)
         self.recipe = dataclasses.replace(self.recipe, task=self.data.task)
-        self._describe_data()
+        self.say(f"data: {self.data.described(self.recipe.max_tokens)}")
 
     def plan(self) -> None:
         """Choose what the recipe leaves open, and predict the peak of what was chosen."""
@@ -146,7 +148,7 @@ class _Job:
     def train(self) -> None:
         """Train, unless the adapter of this very recipe and data is there."""
         inputs = self.space.training_inputs(self.recipe)
-        if self.space.done("train", inputs):
+        if self.space.done("train", inputs) and self.space.adapter.exists():
             self.say("train: done before")
             return
         if bring.is_here(self.space):
@@ -225,9 +227,11 @@ class _Job:
         """Merge into a Hugging Face folder, if the method merges."""
         method = base.create(self._needs("method"), self.recipe.options)
         inputs = self._after_training()
-        if self.space.done("merge", inputs):
+        merged = any(row.kept and row.artefact.startswith("merged") for row in ledger.read(self.space.ledger))
+        if self.space.done("merge", inputs) and (self.space.merged.exists() or not merged):
             self.say("merge: done before")
             return
+        self.say("merge: measuring it before and after")
         self.device = device_after("merge", self.hardware, self._planned(), self.say)
         if not method.merges:
             self._beside()
@@ -265,6 +269,7 @@ class _Job:
             self.say("export: done before")
             return
         self.device = device_after("export", self.hardware, self._planned(), self.say)
+        recipes.write(self.recipe, self.space.recipe)  # whose variants may be new
         deploy.deploy(self._whole, self.recipe, self.data, self.space, self.say)
         self._note_memory({})
         self.space.finish("export", inputs)
@@ -307,11 +312,6 @@ class _Job:
         taken = 0 if method is None else method.positions(self.config)
         most = positions_left(wanted.model, backbone.positions(self.config), wanted.method, taken, wanted.max_tokens)
         return wanted.max_tokens or min(DEFAULT_TOKENS, most or DEFAULT_TOKENS)
-
-    def _describe_data(self) -> None:
-        parts = (("train", self.data.train), ("validation", self.data.validation))
-        cut = ", ".join(f"{part.truncated} of {name} cut at {self.recipe.max_tokens} tokens" for name, part in parts)
-        self.say(f"data: {len(self.data.train)} to train on, {len(self.data.validation)} to validate; {cut}")
 
     def _plan(self, recipe: Recipe, microbatch: int | None, *, accumulates: bool) -> Plan:
         return plan.plan(

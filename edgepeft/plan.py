@@ -12,6 +12,7 @@ from edgepeft import candidate as on_device
 from edgepeft.candidate import DDP, FSDP, Candidate, needed_bytes
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.hardware import Hardware
+from edgepeft.recipe import PRECISIONS
 from edgepeft.surface import ADAMW, AFTERWARDS, EIGHT_BIT, Configuration, Surface
 
 GiB = 2**30
@@ -29,7 +30,6 @@ APART = (
     "`edgepeft run` does DDP and not FSDP."
 )
 PACKED = ("int8", "nf4")
-PRECISIONS = ("fp32", "bf16", *PACKED)
 
 # What is planned when no method is named, safest first. On T5-large, 3B and 11B of the survey (arXiv 2303.15647v2,
 # table 5) LoRA on all linears and Houlsby adapters were best on average, LN tuning close for far fewer parameters. LST

@@ -14,8 +14,8 @@ from edgepeft.candidate import usable_microbatch
 from edgepeft.catalog.fields import positions, positions_left
 from edgepeft.errors import UsageError, nearest
 from edgepeft.hardware import Hardware
-from edgepeft.plan import PRECISIONS, PREFERRED, GiB, Plan, plan
-from edgepeft.recipe import Recipe
+from edgepeft.plan import PREFERRED, GiB, Plan, plan
+from edgepeft.recipe import PRECISIONS, Recipe
 from edgepeft.surface import OPTIMIZERS
 
 DEFAULT_TOKENS, DEFAULT_TARGET_TOKENS, DEFAULT_GLOBAL_BATCH = traces.TOKENS, traces.TARGET_TOKENS, 16

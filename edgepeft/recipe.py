@@ -17,6 +17,8 @@ from edgepeft.errors import UsageError, nearest
 from edgepeft.files import write_text
 from edgepeft.surface import ADAMW, OPTIMIZERS
 
+PRECISIONS = ("fp32", "bf16", "int8", "nf4")
+VARIANTS = ("fp32", "int8", "int4")  # ONNX precisions
 _POSITIVE = (
     *("max_tokens", "max_target_tokens", "validation_limit", "microbatch", "global_batch", "epochs", "max_steps"),
     *("devices", "lr", "clip_norm", "evaluations", "patience"),
@@ -99,7 +101,7 @@ class Recipe:
                 raise UsageError(
                     f"recipe: {entry.name} = {value!r} is not of the right type.",
                     f"Expected {_described(hints[entry.name])}.",
-                    "",
+                    'In a file or after --set, lists and text are written as TOML has them: variants = ["int8"].',
                 )
         for name in _POSITIVE:
             value = getattr(self, name)
@@ -114,7 +116,8 @@ class Recipe:
         for value, known in (
             (self.schedule, ("cosine", "linear")),
             (self.optimizer or ADAMW, OPTIMIZERS),
-            *((v, ("fp32", "int8", "int4")) for v in self.variants),
+            (self.precision or PRECISIONS[0], PRECISIONS),
+            *((variant, VARIANTS) for variant in self.variants),
         ):
             if value not in known:
                 raise UsageError(f"recipe: {value!r} is not known here.", "", nearest(value, known))

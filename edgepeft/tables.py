@@ -47,7 +47,9 @@ def progress(what: str) -> Callable[[int, int], None]:
 
 def profiles(found: Sequence[Hardware]) -> None:
     """All profiles, a line each."""
-    table = Table("profile", "device", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    table.add_column("profile", no_wrap=True)
+    table.add_column("device")
     for column in ("memory", "free for a job", "GB/s", "bf16 TFLOP/s", "int8 TOP/s"):
         table.add_column(column, justify="right")
     for each in found:

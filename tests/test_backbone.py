@@ -268,7 +268,7 @@ def test_a_config_that_is_not_json(damaged: Path) -> None:
 
 
 def test_a_folder_without_a_tokenizer() -> None:
-    with pytest.raises(UsageError, match="could not be loaded"):
+    with pytest.raises(UsageError, match="has a model, but no tokenizer"):
         backbone.tokenizer(backbone.resolve(str(tiny.folder("llama"))))
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from edgepeft import __version__
+
 ROOT = Path(__file__).parents[1]
 MINILM, DATA = ROOT / "models" / "minilm-l6", ROOT / "data" / "sentiment"
 
@@ -109,4 +111,28 @@ def test_plan_exits_with_1_when_nothing_fits(tmp_path: Path) -> None:
     answer = json.loads(found.stdout)
     assert found.returncode == 1 and answer["choice"] is None
     assert {"hardware"} in [way["change"].keys() for way in answer["alternatives"]]
-    assert all(way["text"] and way["process_bytes"] > 0 for way in answer["alternatives"])
+    assert all(way["text"] and way["least_bytes"] > 0 for way in answer["alternatives"])
+
+
+def test_the_version_is_told() -> None:
+    assert edgepeft("--version").stdout.strip() == __version__
+
+
+def test_measuring_takes_no_setting_that_it_would_ignore() -> None:
+    refused(
+        edgepeft("measure", "--model", "gpt2", "--method", "lora", "--set", "rank=4"), 2, "and not rank", "options."
+    )
+
+
+def test_an_unknown_precision_is_refused_before_work() -> None:
+    arguments = (
+        "--model",
+        ROOT / "models" / "t5-tiny",
+        "--data",
+        "nowhere.jsonl",
+        "--out",
+        "nowhere",
+        "--precision",
+        "fp16",
+    )
+    refused(edgepeft("train", *arguments), 2, "'fp16' is not known", "bf16")

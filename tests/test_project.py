@@ -60,7 +60,8 @@ FLOORS = (
     {"plan"},
     {"planning", "pipeline", "tables", "alternatives"},
     {"plancommand", "worker"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 FIRST_FLOOR_OF_STAGES = 4  # from here on, what stands on one floor does not know its neighbours

@@ -209,7 +209,7 @@ def test_ledger_rows_equal_the_ledger(run: Path) -> None:
         if entry["deviation"] is not None:
             assert float(row[6]) == pytest.approx(entry["deviation"], rel=0.05)
         assert row[5] == row[7] == "–"
-        assert row[8:] == ["kept" if entry["kept"] else "refused", entry["note"]]
+        assert row[8:] == ["yes" if entry["kept"] else "", entry["note"]]
 
 
 def test_language_model_ledger(run: Path) -> None:

@@ -40,6 +40,12 @@ class Data:
     template: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
 
+    def described(self, max_tokens: int | None) -> str:
+        """How many examples there are, and how many of them were cut at ``max_tokens``."""
+        parts = (("train", self.train), ("validation", self.validation))
+        cut = ", ".join(f"{part.truncated} of {name} cut at {max_tokens} tokens" for name, part in parts)
+        return f"{len(self.train)} to train on, {len(self.validation)} to validate; {cut}"
+
 
 def task_of(
     source: str, *, task: str | None = None, columns: Mapping[str, str] | None = None, validation: str | None = None

@@ -96,11 +96,13 @@ def recognise(name: str, found: Collection[str], *, task: str | None, columns: M
     state = f"{name} has the columns {', '.join(found) or '(none)'}."
     if not chosen and fitting:
         fits = " and ".join(f"{' + '.join(layout.fields)} for {layout.task}" for layout in fitting)
-        remedy = f"Use the task {fitting[0].task}, or name the columns that {task} should use."
+        wanted = next(layout for layout in LAYOUTS if layout.task == task).fields
+        named = " ".join(f"--set columns.{field}=..." for field in wanted)
+        remedy = f"Use --task {fitting[0].task}, or name the columns that {task} should use: {named}"
         raise UsageError(f"The data does not fit the task {task}.", f"{state} That is {fits}.", remedy)
     if not chosen:
         what = f"the task {task}" if task else "any task"
-        remedy = f"Accepted: {accepted}. Rename the columns, or name them, e.g. text=review."
+        remedy = f"Accepted: {accepted}. Rename the columns, or name them, e.g. --set columns.text=review"
         raise UsageError(f"The data does not fit {what}.", state, remedy)
     if len(chosen) > 1:
         fits = " and ".join(f"{' + '.join(layout.fields)} ({layout.task})" for layout in chosen)
@@ -119,7 +121,9 @@ def _messages(where: str, value: Any) -> list[dict[str, str]]:
         content = message.get("content")
         if not isinstance(content, str) or not content.strip():
             raise UsageError(
-                f"{where}: message {number} has no text.", f"Its content is {content!r:.80}.", "Correct the row."
+                f"{where}: message {number} has no text.",
+                f"Its content is {content!r:.80}; it has {', '.join(map(str, message)) or 'nothing'}.",
+                "A message is written as role and content: correct the row.",
             )
     roles = [message.get("role") for message in value]
     spoken = roles[1:] if roles[0] == "system" else roles

@@ -37,6 +37,12 @@ def _json_lines(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
+        if number == 1 and line.lstrip().startswith("["):
+            raise UsageError(
+                f"{path} is one JSON array.",
+                "It is read line by line, so that it need not fit into memory.",
+                "Write each example as an object on a line of its own (JSON lines).",
+            )
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -65,6 +71,10 @@ def _csv(path: Path) -> Iterator[Row]:
                 continue
             if names is None:
                 names = values
+                if len(names) == 1 and (other := next((sign for sign in ";\t|" if sign in names[0]), None)):
+                    raise UsageError(
+                        f"{where}: the columns are separated by {other!r}.", "CSV is read with commas.", "Save it so."
+                    )
                 if len(set(names)) < len(names) or "" in names:
                     raise _malformed(where, f"The header must name every column once; it is {names}.")
                 continue
@@ -98,7 +108,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise _malformed(f"{path}, line {number}", f"It is not UTF-8: {error.reason}.") from error
+                raise UsageError(
+                    f"{path}, line {number}: the text cannot be read.",
+                    f"It is not UTF-8: {error.reason}.",
+                    "Save the file as UTF-8.",
+                ) from error
 
 
 def _malformed(where: str, cause: str) -> UsageError:

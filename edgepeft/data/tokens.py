@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from edgepeft.errors import UsageError
+
+_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")
+
+
+def check_files(location: str, *, gguf: bool) -> None:
+    """Refuse a folder without a tokenizer: transformers would make one that knows no word.
+
+    Raises:
+        UsageError: see above.
+    """
+    folder = Path(location)
+    if gguf or not folder.is_dir() or any((folder / name).is_file() for name in _FILES):
+        return
+    raise UsageError(
+        f"The folder {location} has a model, but no tokenizer.",
+        f"There is none of {', '.join(_FILES)}.",
+        "Copy tokenizer.json and tokenizer_config.json of the model beside its config.json.",
+    )
 
 
 def check(

@@ -38,7 +38,7 @@ def ledger_section(run: Run) -> Html:
     if not run.ledger:
         return tag("p", "There is no ledger.json: no artefact was measured yet.", class_="absent")
     metrics = list(dict.fromkeys(name for row in run.ledger for name in row["metrics"]))
-    head = ["artefact", *metrics, "size", "latency", "tokens/s", "deviation", "same tokens", "kept", "note"]
+    head = ["artefact", *metrics, "size", "latency", "tokens/s", "deviation", "same tokens", "used", "note"]
     rows = [[_artefact(row), *(number(row["metrics"].get(m)) for m in metrics), *_measured(row)] for row in run.ledger]
     explained = (
         "Latency: one example, or the first 32 tokens of a prompt. Tokens/s: decoding. Deviation: the largest "
@@ -68,7 +68,7 @@ def _artefact(row: Record) -> Html:
 
 def _measured(row: Record) -> list[object]:
     latency, deviation = row.get("latency_ms"), row.get("deviation")
-    kept = tag("span", "kept" if row["kept"] else "refused", class_="good" if row["kept"] else "bad")
+    kept = tag("span", "yes", class_="good") if row["kept"] else ""
     return [
         memory(row.get("bytes")),
         MISSING if latency is None else f"{number(latency, 3)} ms",

@@ -25,7 +25,7 @@ def main(argv: Sequence[str], prog: str = "python -m edgepeft.runtime") -> int:
     Raises:
         SystemExit: argparse refused the arguments (2) or printed the help (0).
     """
-    arguments = _parser(prog).parse_args(argv)
+    arguments = _parser(prog).parse_intermixed_args(argv)
     try:
         text = arguments.text if arguments.text is not None else _read_stdin()
         if not text.strip():
