@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
@@ -77,12 +77,17 @@ def randomised(model: nn.Module, seed: int = 0) -> None:
     tiny.randomise(nn.ParameterList(adapter.trained(model).values()), seed)
 
 
-def gradients(model: nn.Module, batch: step.Batch, passes: int = 1) -> dict[str, torch.Tensor]:
+def gradients(
+    model: nn.Module, batch: step.Batch, passes: int = 1, penalty: Callable[..., torch.Tensor | None] | None = None
+) -> dict[str, torch.Tensor]:
     """Of everything that gets one, by name; summed over passes, as a method may choose at random what it trains."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(0)
     for _ in range(passes):
-        step.loss_sum(model, batch).backward()
+        found = step.outputs(model, batch)
+        extra = None if penalty is None else penalty(model, batch, found)
+        loss = step.loss_of(model, batch, found)
+        (loss if extra is None else loss + extra).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -29,10 +29,12 @@ def test_the_manifest_says_what_was_given_and_what_is_there(task: str, tmp_path:
     assert package(**given) == tmp_path / "device"
     names = {path.name for path in (tmp_path / "device").iterdir()}
     graphs = {path.name for path in given["graphs"].iterdir()}
-    assert names == graphs | {"tokenizer.json", "manifest.json"}
+    assert names == graphs | {"tokenizer.json", "manifest.json", "README.md"}
+    said = (tmp_path / "device" / "README.md").read_text()
+    assert f"tiny-{task}, tuned by lora" in said and "python -m edgepeft.runtime ." in said
     written = json.loads((tmp_path / "device" / "manifest.json").read_text())
     files = written.pop("files")
-    assert set(files) == names - {"manifest.json"}
+    assert set(files) == names - {"manifest.json", "README.md"}
     for name, entry in files.items():
         path = tmp_path / "device" / name
         assert entry == {"sha256": sha256(path), "bytes": path.stat().st_size}

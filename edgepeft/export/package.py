@@ -18,6 +18,7 @@ from edgepeft.files import atomic_directory
 from edgepeft.runtime import decode, manifest
 from edgepeft.runtime.device import Device
 
+README = "README.md"  # not among the manifest's files: it may be written in
 _SAMPLES = (
     "Is this a test?",
     "  Leading, double  and trailing spaces ",
@@ -92,7 +93,25 @@ def package(
         device = Device.load(directory)
         _check_tokenizer(tokenizer, device)
         _try_out(device)
+        (directory / README).write_text(_told(device.manifest), encoding="utf-8")
     return target
+
+
+def _told(of: manifest.Manifest) -> str:
+    """What whoever finds the folder needs to know."""
+    does = {"classification": "classifies a text", "causal-lm": "goes on from a text", "seq2seq": "answers a text"}
+    labels = f" Labels: {', '.join(of.labels)}." if of.labels else ""
+    return f"""# {Path(of.model).name}, tuned by {of.method}, {of.precision} graph
+
+It {does[of.task]} of up to {of.max_tokens} tokens.{labels} To run it, here in this folder:
+
+```bash
+pip install onnxruntime tokenizers numpy && pip install --no-deps edgepeft
+python -m edgepeft.runtime . "..."
+```
+
+In Python: `from edgepeft.runtime.device import Device; Device.load(".")`. Made by edgepeft {of.edgepeft}.
+"""
 
 
 def _place_graph(graph: Path, directory: Path) -> None:
