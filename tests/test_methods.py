@@ -20,6 +20,7 @@ from edgepeft.export import onnx, parity
 from edgepeft.merge import relative_difference, to_full_precision
 from edgepeft.methods import base
 from edgepeft.methods.base import Method, NotMergeable
+from edgepeft.placements.selection import canonical
 from edgepeft.runtime import decode
 from edgepeft.runtime.sessions import open_graphs
 
@@ -47,7 +48,7 @@ def test_trains_and_is_saved_and_merged(name: str, family: str, at: str, tmp_pat
     batch, losses = tiny.batch(family), []  # before each stage that trains
     for made, method, stage in stages(family, name, at):
         model = made.model
-        head = [model.get_parameter(n) for n in made.fresh]
+        head = [p for n, p in model.named_parameters() if canonical(n) in made.fresh]
         for parameter in head:
             parameter.requires_grad_(False)  # it would learn whatever the method does
         frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
