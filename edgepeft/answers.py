@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgepeft import foreign
 from edgepeft.data import Data, Example
 from edgepeft.files import write_json
 
@@ -97,6 +98,8 @@ def next_tokens(model: Any, ids: Tensor, begun: Tensor | None = None) -> Iterato
     Args:
         begun: what an encoder-decoder has said already, (1, tokens); nothing when not given.
     """
+    if foreign.wraps(model):
+        yield from _reading_anew(model, ids, begun)
     source: dict[str, Any] = {}
     name, now = "input_ids", ids
     if model.config.is_encoder_decoder:
@@ -111,6 +114,18 @@ def next_tokens(model: Any, ids: Tensor, begun: Tensor | None = None) -> Iterato
         states = found.past_key_values
         now = found.logits[:, -1:].argmax(-1)
         yield now[0]
+
+
+def _reading_anew(model: Any, ids: Tensor, begun: Tensor | None) -> Iterator[Tensor]:
+    """The same without kept states, which the wrappers of HF PEFT that prompt a model make anew for every text."""
+    answers = model.config.is_encoder_decoder
+    read = ids.new_full((1, 1), _start(model.config)) if answers else ids
+    read = read if begun is None else torch.cat([read, begun], dim=1)
+    while True:
+        given = {"input_ids": ids, "decoder_input_ids": read} if answers else {"input_ids": read}
+        now = model(**given, use_cache=False).logits[:, -1:].argmax(-1)
+        yield now[0]
+        read = torch.cat([read, now], dim=1)
 
 
 def _start(config: Any) -> int:

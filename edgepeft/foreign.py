@@ -275,6 +275,11 @@ def _route(model: Any, through: Callable[..., Any], config: Any) -> None:
     vars(model)["forward"] = forward
 
 
+def wraps(model: nn.Module) -> bool:
+    """Whether calling the model means calling PEFT's wrapper of it."""
+    return "forward" in vars(model)
+
+
 def _tells_layers_apart(config: Any) -> bool:
     """Whether a configuration may treat some layers of a stack otherwise than others."""
     for name in ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"):

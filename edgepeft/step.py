@@ -130,7 +130,7 @@ class TrainingStep:
             batch = {name: value.to(device) for name, value in batch.items()}
             found = outputs(self.model, batch)
             loss = loss_of(self.model, batch, found) / divisor
-            total += loss.detach() * (divisor / count)
+            total += loss.detach() if divisor == count else loss.detach() / count
             extra = self.penalty(self.model, batch, found)
             del found  # backward frees what it has used only if nothing else holds it
             if extra is not None:

@@ -188,7 +188,7 @@ def traced(
             recompute_activations(made.model)
         clip = None if method.updates_in_backward else 1.0
         optimizer = method.optimizer(made.model, 1e-3, 0.0)
-        step = TrainingStep(made.model, optimizer, clip_norm=clip)
+        step = TrainingStep(made.model, optimizer, clip_norm=clip, penalty=method.penalty)
         new = (p for name, p in made.model.named_parameters() if p.requires_grad and name not in own)
         tracker.label_model(made.model, new)
         torch.stack([p.float().sum() for p in step.trained]).sum().backward()  # for the optimizer's states
