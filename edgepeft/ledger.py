@@ -22,7 +22,8 @@ class Row:
         metrics: ``loss`` in nats, and ``accuracy`` or ``token_accuracy``.
         latency_ms: one example classified, or a prompt of 32 tokens read.
         tokens_per_second: generated after that.
-        deviation: largest difference of logits from the artefact before, relative to the largest logit.
+        deviation: largest difference of logits from the artefact before, relative to the largest logit; of a graph to 1
+            where all are smaller.
         same_tokens: share of greedily generated tokens equal to that artefact's.
         counts: what the survey's guidelines ask for. Of an adapter ``trained_parameters`` of the last stage (and
             ``trained_parameters_at_most``, where an earlier one trained more), ``training_peak_bytes`` and

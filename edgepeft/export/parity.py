@@ -27,7 +27,7 @@ Graphs = Mapping[str, Graph]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Metrics of the graphs on some batches, and the largest difference of logits relative to the largest logit."""
+    """Metrics of the graphs on some batches, and the largest difference of logits relative to the largest, or to 1."""
 
     metrics: dict[str, float]
     deviation: float
@@ -77,7 +77,8 @@ def compare(graphs: Graphs, batches: Sequence[Arrays], reference: Callable[[int]
             some -= some.max(-1, keepdims=True)
             loss += float((np.log(np.exp(some).sum(-1)) - np.take_along_axis(some, target[:, None], 1)[:, 0]).sum())
         count += len(wanted)
-    deviation = float(np.max(differences) / np.max(magnitudes))  # Python's max would lose a NaN
+    # A new head's logits are all near 0, and so near to rounding. Python's max would lose a NaN.
+    deviation = float(np.max(differences) / np.maximum(1.0, np.max(magnitudes)))
     return Comparison({"loss": loss / count, name: right / count}, deviation)
 
 

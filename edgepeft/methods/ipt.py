@@ -49,7 +49,7 @@ class _Autoencoder(nn.Module):
 
     def loss(self) -> Tensor:
         """Mean squared difference between the prompts and what is made of them."""
-        return F.mse_loss(self.decode(self.encode(self.prompts)), self.prompts)
+        return (self.decode(self.encode(self.prompts)) - self.prompts).square().mean()
 
 
 class _Code(nn.Module):
