@@ -100,6 +100,7 @@ def next_tokens(model: Any, ids: Tensor, begun: Tensor | None = None) -> Iterato
     """
     if foreign.wraps(model):
         yield from _reading_anew(model, ids, begun)
+        return
     source: dict[str, Any] = {}
     name, now = "input_ids", ids
     if model.config.is_encoder_decoder:

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from edgepeft import probe, replay
+from edgepeft import replay
 from edgepeft.catalog.fields import at_depth, depth, positions, positions_left
 from edgepeft.cross_entropy import chunks
 from edgepeft.methods import base
 from edgepeft.precision import is_converted, is_packed, stored_dtype
-from edgepeft.probe import Recording, recordings, refuse
+from edgepeft.probe import Recording, as_config, recordings, refuse
 from edgepeft.roofline import Work, along
 from edgepeft.runtime.manifest import PREFILL_TOKENS
 from edgepeft.surface import KINDS, PASSING, WORKING, Configuration, Moment, Surface
@@ -73,7 +73,7 @@ def surfaces(configuration: Configuration, checkpointing: Sequence[bool]) -> lis
     saturated = _saturated(configuration)
     full = depth(configuration.model)
     method = base.create(configuration.method, configuration.options)
-    taken = method.positions(probe.as_config(configuration.model))
+    taken = method.positions(as_config(configuration.model))
     positions_left("The model", positions(configuration.model), configuration.method, taken, configuration.tokens)
     shallow = method.depths()
     depths = shallow if full > shallow[1] and full % 2 == 0 else (full,)

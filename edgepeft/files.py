@@ -14,6 +14,9 @@ from typing import Any
 
 from edgepeft.errors import EdgePeftError
 
+_MASK = os.umask(0o077)  # it can only be read by setting it
+os.umask(_MASK)
+
 
 @contextmanager
 def refusing_full_disk(path: Path) -> Iterator[None]:
@@ -105,8 +108,9 @@ def size_bytes(path: Path) -> int:
 def _flush(path: Path) -> None:
     """Have the bytes on disk before the rename that makes them visible, so that a power cut leaves no empty file.
 
-    Whoever may read the folder may read the file: safetensors makes files for their owner alone.
+    safetensors makes files for their owner alone, whatever the user's mask says; they get the mode of all others.
     """
-    path.chmod(path.parent.stat().st_mode & 0o666)
+    if path.suffix == ".safetensors" or ".safetensors." in path.name:
+        path.chmod(0o666 & ~_MASK)
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from edgepeft import backbone, largest, machine, precision, probe, roofline
 from edgepeft.errors import UsageError
@@ -184,8 +183,7 @@ class _Step:
     """A configuration's real training step on one batch, as accumulation sees it: gradients of before are there."""
 
     def __init__(self, configuration: Configuration, device: str) -> None:
-        fields = dict(configuration.model)
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        config = probe.as_config(configuration.model)
         with torch.device(device):
             made = backbone.skeleton(
                 config, task=configuration.task, at=configuration.precision, labels=configuration.labels

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from edgepeft import files
 from edgepeft.errors import EdgePeftError
@@ -56,3 +58,12 @@ def test_sizes_and_hashes(tmp_path: Path) -> None:
     assert files.size_bytes(tmp_path) == 7 and files.size_bytes(tmp_path / "a") == 3
     # FIPS 180-2, appendix B.1
     assert files.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_tensors_may_be_read_by_whoever_may_read_their_neighbours(tmp_path: Path) -> None:
+    """safetensors makes files for their owner alone."""
+    with files.atomic_directory(tmp_path / "adapter") as folder:
+        save_file({"a": torch.zeros(1)}, folder / "adapter.safetensors")
+        (folder / "adapter.json").write_text("{}")
+    tensors, card = sorted((tmp_path / "adapter").iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert tensors.suffix == ".safetensors" and tensors.stat().st_mode == card.stat().st_mode

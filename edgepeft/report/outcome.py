@@ -42,8 +42,8 @@ def ledger_section(run: Run) -> Html:
     rows = [[_artefact(row), *(number(row["metrics"].get(m)) for m in metrics), *_measured(row)] for row in run.ledger]
     explained = (
         "Latency: one example, or the first 32 tokens of a prompt. Tokens/s: decoding. Deviation: the largest "
-        "difference of a logit to the artefact before, as a share of the largest logit. Same tokens: share of greedily "
-        "decoded tokens that equal the artefact before."
+        "difference of a logit to the artefact before, as a share of the largest logit (of a graph, of 1 at least). "
+        "Same tokens: share of greedily decoded tokens that equal the artefact before."
     )
     return join(table(head, rows, class_="cards"), tag("p", explained, class_="note"), _counts(run.ledger))
 
