@@ -16,12 +16,11 @@ from edgepeft import anatomy, catalog, heap, precision
 from edgepeft.catalog import fields
 from edgepeft.data.tokens import check_files
 from edgepeft.errors import EdgePeftError, UsageError, beside, nearest, said
+from edgepeft.tasks import check, default_task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-TASKS = ("classification", "causal-lm", "seq2seq")
-_OPTIMUM_TASKS = dict(zip(("text-classification", "text-generation", "text2text-generation"), TASKS, strict=True))
 _LOADERS = {
     "classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
@@ -130,30 +129,6 @@ def tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedT
     return loaded
 
 
-def usual_task(configuration: PretrainedConfig) -> str:
-    """What a checkpoint was saved for, going by the class it names; ``default_task`` if that is none of our tasks."""
-    for name in configuration.architectures or ():
-        import transformers
-        from optimum.exporters.tasks import TasksManager  # slow to import; models of the catalogue name no class
-
-        with contextlib.suppress(ValueError):  # a class that serves no single task
-            task = TasksManager.infer_task_from_model(getattr(transformers, name, object))
-            if task in _OPTIMUM_TASKS:
-                return _OPTIMUM_TASKS[task]
-    return default_task(configuration)
-
-
-def default_task(configuration: PretrainedConfig) -> str:
-    """What a model of this architecture is usually tuned for."""
-    if configuration.is_encoder_decoder:
-        return "seq2seq"
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
-
-    decodes = configuration.model_type in DECODERS and configuration.model_type not in ENCODERS
-    return "causal-lm" if decodes else "classification"
-
-
 def positions(configuration: PretrainedConfig) -> int | None:
     """The longest sequence the model can read, or None when its positions are relative and unbounded (T5)."""
     return fields.positions(configuration.to_dict())
@@ -224,17 +199,17 @@ def skeleton(
     """The same as ``load`` without weights; call it under a fake-tensor mode or on the meta device, for planning."""
     import transformers
 
+    check(configuration, task)
     configuration.num_labels = labels
     loader = getattr(transformers, _LOADERS[task])
     try:
         model = loader.from_config(configuration, dtype=precision.compute_dtype(at))
         _untie_as_published(model)
     except Exception as error:  # a configuration may be wrong in any way
-        usual = default_task(configuration)
         raise UsageError(
             f"A {configuration.model_type} model cannot be built for {task} from this configuration.",
             said(error),
-            f"Its usual task is {usual}." if usual != task else "Check its config.json, and that it is a text model's.",
+            "Check its config.json, and that it is a text model's.",
         ) from error
     return _prepare(model, task, at, None, _head_parameters(model, task), pack)
 
@@ -295,12 +270,7 @@ def _head_parameters(model: PreTrainedModel, task: str) -> set[str]:
 def _prepare(
     model: PreTrainedModel, task: str, at: str, device: str | None, fresh: set[str], pack: Packing | None
 ) -> Backbone:
-    if task == "causal-lm" and default_task(model.config) == "classification" and not model.config.is_decoder:
-        raise UsageError(
-            f"A {model.config.model_type} model cannot be used for causal-lm.",
-            "It is an encoder: each of its positions sees the answer it should predict.",
-            "Use --task classification, or a decoder.",
-        )
+    check(model.config, task)
     if task == "classification" and model.config.pad_token_id is None:  # decoders look for the last token before it
         eos = model.config.eos_token_id
         model.config.pad_token_id = next(iter(eos if isinstance(eos, list) else [eos or 0]), 0)

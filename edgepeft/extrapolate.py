@@ -19,6 +19,7 @@ import numpy as np
 from edgepeft import replay
 from edgepeft.catalog.fields import at_depth, depth, positions, positions_left
 from edgepeft.cross_entropy import chunks
+from edgepeft.cuda_semantics import Device
 from edgepeft.methods import base
 from edgepeft.precision import is_converted, is_packed, stored_dtype
 from edgepeft.probe import Recording, as_config, recordings, refuse
@@ -317,9 +318,9 @@ def _saturated(configuration: Configuration) -> int:
 
 
 def _prime(configuration: Configuration, least: int) -> int:
-    """A prime of at least ``least`` that divides no number of the model, and no length."""
+    """A prime of at least ``least`` that divides no number of the model, no length and no workspace of cuBLAS."""
     numbers = {value for value in configuration.model.values() if isinstance(value, int) and value > 1}
-    numbers |= {configuration.tokens, configuration.target_tokens}
+    numbers |= {configuration.tokens, configuration.target_tokens, Device().blas_workspace_bytes}
     size = least
     while any(size % d == 0 for d in range(2, math.isqrt(size) + 1)) or any(n % size == 0 for n in numbers):
         size += 1

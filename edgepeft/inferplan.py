@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from edgepeft import backbone, hardware, roofline
+from edgepeft import backbone, hardware, roofline, tasks
 from edgepeft.errors import UsageError, nearest
 from edgepeft.export.packing import BLOCK
 from edgepeft.export.quantize import BITS, PROTECTED, SMALLEST
@@ -95,8 +95,8 @@ def plan_model(
     Raises:
         UsageError: an unknown task, or a context longer than the model's positions.
     """
-    if task is not None and task not in backbone.TASKS:
-        raise UsageError(f"There is no task {task!r}.", "", nearest(task, backbone.TASKS))
+    if task is not None and task not in tasks.TASKS:
+        raise UsageError(f"There is no task {task!r}.", "", nearest(task, tasks.TASKS))
     config = backbone.config(source, trust_remote_code=trust_remote_code)
     most = backbone.positions(config)
     if tokens is not None and most is not None and tokens > most:
@@ -106,7 +106,7 @@ def plan_model(
     return plan(
         name=source.name,
         config=config,
-        task=task or backbone.usual_task(config),
+        task=task or tasks.usual_task(config),
         device=device,
         tokens=min(DEFAULT_TOKENS, most or DEFAULT_TOKENS) if tokens is None else tokens,
     )

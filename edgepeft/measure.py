@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from edgepeft import backbone, largest, machine, precision, probe, roofline
+from edgepeft import backbone, largest, machine, precision, probe, roofline, tasks
 from edgepeft.errors import UsageError
 from edgepeft.files import write_text
 from edgepeft.hardware import Hardware
@@ -107,7 +107,7 @@ def measure_model(
     config = backbone.config(source)
     configuration = Configuration(
         model=probe.as_fields(config),
-        task=task or backbone.usual_task(config),
+        task=task or tasks.usual_task(config),
         method=method,
         options=options,
         precision=at,

@@ -35,6 +35,7 @@ from edgepeft.plan import Plan
 from edgepeft.ranks import ALONE, Ranks
 from edgepeft.recipe import Recipe
 from edgepeft.surface import EIGHT_BIT
+from edgepeft.tasks import check as check_task
 from edgepeft.workspace import Workspace, fingerprint
 
 STAGES = ("plan", "train", "merge", "export")
@@ -50,14 +51,16 @@ def run(wanted: Recipe, out: Path, *, until: str = STAGES[-1], say: Say = lambda
         UsageError: something about the input is wrong; found before work starts.
         EdgePeftError: a stage failed; what was finished before stays.
     """
-    if Workspace(out).recipe.exists():
-        remove_leftovers(out)
-    job = _Job(wanted, out, until, say)
-    with threads(job.hardware):
-        for stage in STAGES[: STAGES.index(until) + 1]:
-            getattr(job, stage)()
-            report.write(out)
-    return job.space
+    space = Workspace(out)
+    with space.alone():
+        if space.recipe.exists():
+            remove_leftovers(out)
+        job = _Job(wanted, out, until, say)
+        with threads(job.hardware):
+            for stage in STAGES[: STAGES.index(until) + 1]:
+                getattr(job, stage)()
+                report.write(out)
+    return space
 
 
 def fit(recipe: Recipe, out: Path, ranks: Ranks, say: Say) -> None:
@@ -87,13 +90,15 @@ class _Job:
         self.config = backbone.config(self.source, trust_remote_code=wanted.trust_remote_code)
         tokenizer = backbone.tokenizer(self.source, trust_remote_code=wanted.trust_remote_code)
         self.recipe = dataclasses.replace(wanted, max_tokens=self._max_tokens(wanted))
-        if self.recipe.method is not None:  # refuse what cannot be trained before the data is read
-            method = base.create(self.recipe.method, self.recipe.options)
+        method = None if wanted.method is None else base.create(wanted.method, wanted.options)
+        if method is not None:  # refuse what cannot be trained before the data is read
             schedule.check(self.recipe, method)
             if until == "export":
                 method.check_export()
-            if not self.space.recipe.exists():  # a run that has one was planned
-                task = data.task_of(wanted.data, task=wanted.task, columns=wanted.columns, validation=wanted.validation)
+        if not self.space.recipe.exists():  # a run that has one was planned
+            task = data.task_of(wanted.data, task=wanted.task, columns=wanted.columns, validation=wanted.validation)
+            check_task(self.config, task)
+            if method is not None:
                 probe.refuse(probe.as_fields(self.config), task, method)
         self.data = data.load(
             self.recipe.data,
@@ -115,7 +120,7 @@ class _Job:
         """Choose what the recipe leaves open, and predict the peak of what was chosen."""
         if self.space.recipe.exists():
             self.recipe = self.space.adopt(self.recipe)
-            self.say(f"plan: {self._choice()} (as before)")
+            self.say(f"plan: {self.recipe.choice} (as before)")
             return
         recipe = self.recipe
         share = recipe.global_batch // recipe.devices
@@ -143,7 +148,7 @@ class _Job:
         }
         write_json(self.space.plan, {**found.as_json(), **predicted})
         recipes.write(self.recipe, self.space.recipe)
-        self.say(f"plan: {self._choice()}; {exact.step_bytes / 2**30:.2f} GiB of tensors predicted. {found.why}")
+        self.say(f"plan: {self.recipe.choice}; {exact.step_bytes / 2**30:.2f} GiB of tensors predicted. {found.why}")
 
     def train(self) -> None:
         """Train, unless the adapter of this very recipe and data is there."""
@@ -335,12 +340,6 @@ class _Job:
             sharded=False,
             whole=self.until != "train",
         )
-
-    def _choice(self) -> str:
-        again = ", checkpointed" if self.recipe.checkpointing else ""
-        again += f", {EIGHT_BIT}" if self.recipe.optimizer == EIGHT_BIT else ""
-        again += f", on {self.recipe.devices} devices" if self.recipe.devices > 1 else ""
-        return f"{self.recipe.method} on {self.recipe.precision}, microbatch {self.recipe.microbatch}{again}"
 
     def _start(self, trainable: int) -> dict[str, Any]:
         return {

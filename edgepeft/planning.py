@@ -236,7 +236,7 @@ def _model(name: str, trust_remote_code: bool) -> tuple[dict[str, Any], str]:
     known = None if Path(name).is_dir() or name.endswith(".gguf") else catalog.entry(name)
     if known is not None:
         return {field: value for field, value in known.items() if not field.startswith("_")}, known["_edgepeft"]["task"]
-    from edgepeft import backbone, probe
+    from edgepeft import backbone, probe, tasks
 
     config = backbone.config(backbone.resolve(name), trust_remote_code=trust_remote_code)
-    return probe.as_fields(config), backbone.usual_task(config)
+    return probe.as_fields(config), tasks.usual_task(config)

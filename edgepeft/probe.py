@@ -17,7 +17,6 @@ from edgepeft import largest, precision, work
 from edgepeft import step as training
 from edgepeft.backbone import Backbone, Packing, skeleton
 from edgepeft.catalog.fields import at_depth, depth
-from edgepeft.errors import UsageError
 from edgepeft.evaluate import sample_logits, totals
 from edgepeft.merge import COMPARED, to_full_precision
 from edgepeft.methods import base
@@ -146,14 +145,7 @@ def as_config(model: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def _skeleton(model: Mapping[str, Any], task: str, at: str, pack: Packing, labels: int = 2) -> Backbone:
-    config = as_config(model)
-    if task == "classification" and config.is_encoder_decoder:
-        raise UsageError(
-            f"A {config.model_type} model is not trained as a classifier here.",
-            "Its head reads the end of the text wherever that is, which cannot be planned.",
-            "Write the data as input and target: it then answers with the label's name.",
-        )
-    return skeleton(config, task=task, at=at, labels=labels, pack=pack)
+    return skeleton(as_config(model), task=task, at=at, labels=labels, pack=pack)
 
 
 def _noted(pack: Packing, found: Recording, mapped: list[torch.Tensor] | None) -> Packing:

@@ -15,7 +15,7 @@ from typing import Any
 
 from edgepeft.errors import UsageError, nearest
 from edgepeft.files import write_text
-from edgepeft.surface import ADAMW, OPTIMIZERS
+from edgepeft.surface import ADAMW, EIGHT_BIT, OPTIMIZERS
 
 PRECISIONS = ("fp32", "bf16", "int8", "nf4")
 VARIANTS = ("fp32", "int8", "int4")  # ONNX precisions
@@ -92,6 +92,14 @@ class Recipe:
     """ONNX precisions that are made besides fp32; the smallest one that keeps the fine-tune goes to the device."""
     trust_remote_code: bool = False
     """Run code that a model repository brings along."""
+
+    @property
+    def choice(self) -> str:
+        """What a plan chose, in words."""
+        again = ", checkpointed" if self.checkpointing else ""
+        again += f", {EIGHT_BIT}" if self.optimizer == EIGHT_BIT else ""
+        again += f", on {self.devices} devices" if self.devices > 1 else ""
+        return f"{self.method} on {self.precision}, microbatch {self.microbatch}{again}"
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Recipe)

@@ -197,7 +197,9 @@ def _shipped_methods() -> dict[str, dict[str, Any]]:
 
 @cache
 def _shipped_surfaces(name: str) -> dict[str, Any]:
-    path = files("edgepeft.catalog").joinpath("traces", f"{name}.json.gz")
+    known = entry(name)
+    assert known is not None
+    path = files("edgepeft.catalog").joinpath("traces", f"{known['_edgepeft'].get('same_sizes_as', name)}.json.gz")
     found: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes())) if path.is_file() else {}
     return found
 

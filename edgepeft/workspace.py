@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from edgepeft import recipe as recipes
 from edgepeft.errors import EdgePeftError, UsageError
@@ -70,6 +74,32 @@ class Workspace:
     @property
     def cache(self) -> Path:
         return self.root / "data"
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """While inside, no other process of this machine that asks for the same works in the folder.
+
+        The lock is outside of the folder, which there may never be, and ends with the process that holds it.
+
+        Raises:
+            UsageError: another one works in it.
+        """
+        name = f"edgepeft-{fingerprint(str(self.root.resolve()))}.lock"
+        lock = FileLock(Path(tempfile.gettempdir()) / name, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UsageError(
+                f"Another process works in {self.root}.",
+                "Two would write over each other.",
+                "Wait until it has ended, or choose another --out.",
+            ) from None
+        except OSError:  # another user's, or nothing can be written there: as good as none
+            pass
+        try:
+            yield
+        finally:
+            lock.release()
 
     def stored(self) -> Recipe:
         """The recipe of the run that is here.

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from edgepeft import backbone, step
+from edgepeft import backbone, step, tasks
 from edgepeft.errors import EdgePeftError, UsageError
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -59,7 +59,7 @@ def test_the_catalogue_gives_configurations_without_a_network() -> None:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_default_task(family: str) -> None:
-    assert backbone.default_task(tiny.configuration(family)) == tiny.task(family)
+    assert tasks.default_task(tiny.configuration(family)) == tiny.task(family)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -93,7 +93,7 @@ def test_what_was_saved_is_read_beside_the_model(family: str, tmp_path: Path) ->
 def test_a_checkpoint_is_usually_for_what_it_was_saved_for(family: str, saved_as: str, task: str) -> None:
     configuration = tiny.configuration(family)
     configuration.architectures = [saved_as]
-    assert backbone.usual_task(configuration) == task
+    assert tasks.usual_task(configuration) == task
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -206,14 +206,13 @@ def test_a_task_the_model_does_not_have(family: str, task: str, part: str) -> No
     with pytest.raises(UsageError, match="could not be loaded") as caught:
         backbone.load(backbone.resolve(str(tiny.folder(family))), task=task, at="fp32")
     assert part in caught.value.cause
-    with pytest.raises(UsageError, match="cannot be built") as caught, torch.device("meta"):
+    with pytest.raises(UsageError, match=f"not trained for {task}"), torch.device("meta"):
         backbone.skeleton(tiny.configuration(family), task=task, at="fp32")
-    assert tiny.task(family) in caught.value.remedy
 
 
 def test_an_encoder_is_not_taken_for_a_language_model() -> None:
     """transformers would load BERT as one, and every position would see the answer it predicts."""
-    with pytest.raises(UsageError, match="bert model cannot be used for causal-lm"):
+    with pytest.raises(UsageError, match="bert model is not trained for causal-lm"):
         backbone.load(backbone.resolve(str(tiny.folder("bert"))), task="causal-lm", at="fp32")
 
 

@@ -312,7 +312,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_another_backbone_is_refused(stored: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(stored / "theirs", tmp_path / "theirs")
-    for family, message in (("gpt2", "changes model.layers.0"), ("bert", "cannot be used for causal-lm")):
+    for family, message in (("gpt2", "changes model.layers.0"), ("bert", "not trained for causal-lm")):
         with pytest.raises(EdgePeftError, match=message):
             interop.convert(folder, tmp_path / "back", str(tiny.folder(family)))
     wide = tiny.model("llama", intermediate_size=80)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from edgepeft import evidence, extrapolate, planning, recipe, surface, traces, units
+from edgepeft import catalog, evidence, extrapolate, planning, recipe, surface, traces, units
 from edgepeft import hardware as profiles
 from edgepeft.errors import UsageError
 from edgepeft.methods import base
@@ -24,6 +24,13 @@ SHIPPED = sorted(
     if file.name.endswith(".json.gz")
 )
 GPU = "a100-40gb"
+
+
+def like(name: str) -> str:
+    """The model of the catalogue whose traces hold for ``name``."""
+    known = catalog.entry(name)
+    assert known is not None
+    return str(known["_edgepeft"].get("same_sizes_as", name))
 
 
 def test_the_shipped_table_of_methods_says_what_their_classes_say() -> None:
@@ -59,6 +66,13 @@ def test_every_shipped_model_has_its_usual_configurations() -> None:
             wanted = traces.usual(name, method, "bf16")
             assert traces.shipped(wanted) is not None, (name, method)
             assert traces.units_key(wanted) in traces._shipped_surfaces(name), (name, method)
+
+
+@pytest.mark.parametrize("name", [name for name in catalog.names() if like(name) != name])
+def test_a_model_of_the_same_sizes_has_the_same_surface(name: str) -> None:
+    wanted = traces.usual(name, "ln_tuning", "nf4")
+    assert traces.shipped(wanted) == surface.read(extrapolate.surface(wanted).plain())
+    assert traces.shipped(wanted) == traces.shipped(traces.usual(like(name), "ln_tuning", "nf4"))
 
 
 @pytest.mark.parametrize(("method", "precision"), [("lora", "nf4"), ("lst", "bf16"), ("full", "bf16")])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from edgepeft.errors import UsageError
 from edgepeft.recipe import Recipe
 from edgepeft.workspace import Workspace
 
@@ -60,3 +61,13 @@ def test_options_that_name_no_adapter_change_nothing(tmp_path: Path) -> None:
     )
     assert space.training_inputs(wanted) == space.training_inputs(wanted)
     assert not (tmp_path / "run").exists()
+
+
+def test_two_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "run").alone():
+        with pytest.raises(UsageError, match="Another process works in"), Workspace(tmp_path / "run").alone():
+            pass
+        with Workspace(tmp_path / "other").alone():
+            pass
+    with Workspace(tmp_path / "run").alone():
+        assert not (tmp_path / "run").exists()

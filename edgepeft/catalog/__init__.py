@@ -5,7 +5,8 @@ A file holds the fields that transformers reads, with the values published on th
 - ``hub_id``: the model's repository; ``aliases``: other names whose weights have the same shapes, rotary embedding and
   length (instruct versions; their special tokens may differ);
 - ``parameters``: how many there are, a tied tensor counted once, of an encoder without a task's head;
-- ``task``: what it is most often fine-tuned for; ``source``: where the values are from.
+- ``task``: what it is most often fine-tuned for; ``source``: where the values are from;
+- ``same_sizes_as``, if there is one: the model whose traces hold here too, as nothing that takes memory differs.
 """
 
 from __future__ import annotations

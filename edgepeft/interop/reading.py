@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from edgepeft import adapter, backbone
+from edgepeft import adapter, backbone, tasks
 from edgepeft.anatomy import ROLES
 from edgepeft.backbone import Backbone
 from edgepeft.errors import UsageError
@@ -109,7 +109,7 @@ def _task(config: Mapping[str, Any], model: str) -> str:
     """The task that the adapter names; what its backbone is usually tuned for, if it names none."""
     named = config.get("task_type")
     if named is None:
-        return backbone.default_task(backbone.config(backbone.resolve(model)))
+        return tasks.default_task(backbone.config(backbone.resolve(model)))
     ours = {theirs: task for task, theirs in folders.TASKS.items()}
     if named not in ours:
         raise UsageError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgepeft import backbone
+from edgepeft import backbone, tasks
 from edgepeft.adapter import Card
 from edgepeft.backbone import Backbone, Source
 from edgepeft.data.tokens import pad_id
@@ -33,7 +33,7 @@ def of(card: Card, made: Backbone) -> str:
     if card.labels is not None:
         numbers = {label: number for number, label in enumerate(card.labels)}
         arguments += [f"id2label={dict(enumerate(card.labels))!r}", f"label2id={numbers!r}"]
-    if card.task == "classification" and backbone.default_task(made.model.config) == "causal-lm":
+    if card.task == "classification" and tasks.default_task(made.model.config) == "causal-lm":
         # It classifies at the last token before the padding, and often has no token for that.
         arguments.append(f"pad_token_id={_padding(source, made)}")
     if card.precision == "nf4":

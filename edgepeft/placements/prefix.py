@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from edgepeft.anatomy import Anatomy
-from edgepeft.backbone import default_task
 from edgepeft.placements import attention
 from edgepeft.placements.attention import CHILD, SHARES, Site, States
 from edgepeft.placements.gate import Gate
 from edgepeft.placements.positions import check, shift
+from edgepeft.tasks import default_task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
