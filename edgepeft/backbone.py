@@ -98,11 +98,21 @@ def resolve(name: str) -> Source:
 
 def config(source: Source, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's configuration; from the catalogue when it is there, so that planning works offline."""
-    from transformers import AutoConfig
+    import transformers
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     if source.known is not None:
         known = dict(source.known)
         return AutoConfig.for_model(known.pop("model_type"), **known)
+    with _refusing_unloadable(source):
+        written, _ = transformers.PretrainedConfig.get_config_dict(source.location, **_gguf(source))
+    if "auto_map" in written and written.get("model_type") not in CONFIG_MAPPING:
+        raise UsageError(
+            f"The architecture of {source.name} is code in its repository.",
+            f"transformers {transformers.__version__} has no {written.get('model_type')}; plans are traced with what "
+            "it has.",
+            "Use a version of transformers that has it, or another model.",
+        )
     with _refusing_unloadable(source):
         found = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **_gguf(source))
     fields.check(source.name, found.to_dict())
@@ -367,4 +377,6 @@ def _refusing_unloadable(source: Source) -> Iterator[None]:
             remedy = "Check the task and the network, or give a folder that holds the model."
         elif Path(source.name).exists():
             remedy = "Check the task and the files, or fetch the model again."
+        if "trust_remote_code" in str(error):
+            remedy = "Read that code; if you trust it, add --set trust_remote_code=true (plan: --trust-remote-code)."
         raise UsageError(f"The model {name} could not be loaded.", said(error), remedy) from error

@@ -34,9 +34,10 @@ class UsageError(EdgePeftError):
     exit_code = 2
 
 
-def said(error: Exception) -> str:
-    """The first two lines of an error's text as one; with its type where that is a word alone."""
+def said(error: BaseException) -> str:
+    """The first two lines of an error's text as one, up to 400 characters; with its type where that is a word alone."""
     text = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+    text = text if len(text) <= 400 else f"{text[:400]} ..."
     return text if " " in text else f"{type(error).__name__}: {text}"
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgepeft import sharding, surface
 from edgepeft.catalog import entry, names
-from edgepeft.errors import EdgePeftError
+from edgepeft.errors import EdgePeftError, said
 from edgepeft.files import write_json
 from edgepeft.peft_config import path_of, text_of
 from edgepeft.sharding import Unit
@@ -251,7 +251,7 @@ def _trace(
             if isinstance(crash, concurrent.futures.BrokenExecutor):
                 _pool.cache_clear()  # the next trace has new processes
             what = f"{job[0].method} at {job[0].precision}"
-            lost = f"{type(crash).__name__}: {crash}"
+            lost = f"{type(crash).__name__}: {said(crash)}"
             found = [EdgePeftError(f"{what} could not be traced.", lost, "Please report it.")] * len(job)
         yield from zip(indices, found, strict=True)
         done += len(indices)

@@ -253,6 +253,27 @@ def test_weights_of_another_width(damaged: Path) -> None:
     assert "6 tensors" in caught.value.cause
 
 
+def test_an_architecture_that_is_code_is_refused_without_running_it(damaged: Path) -> None:
+    fields = json.loads((damaged / "config.json").read_text())
+    names = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}
+    (damaged / "config.json").write_text(json.dumps({**fields, "model_type": "own", "auto_map": names}))
+    (damaged / "own.py").write_text("raise SystemExit('it ran')")
+    for trusted in (False, True):
+        with pytest.raises(UsageError, match="is code in its repository"):
+            backbone.config(backbone.resolve(str(damaged)), trust_remote_code=trusted)
+
+
+def test_a_tokenizer_that_is_code_says_how_it_is_trusted(damaged: Path) -> None:
+    tiny_tokenizers.byte_level().save_pretrained(damaged)
+    fields = json.loads((damaged / "tokenizer_config.json").read_text())
+    fields |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (damaged / "tokenizer_config.json").write_text(json.dumps(fields))
+    (damaged / "own.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(UsageError) as caught:
+        backbone.tokenizer(backbone.resolve(str(damaged)))
+    assert "--set trust_remote_code=true" in caught.value.remedy
+
+
 def test_a_model_type_that_transformers_does_not_know(damaged: Path) -> None:
     (damaged / "config.json").write_text(json.dumps({"model_type": "llamma"}))
     with pytest.raises(UsageError, match="could not be loaded") as caught:
