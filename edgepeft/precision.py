@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from edgepeft import kernels
 from edgepeft.errors import UsageError, nearest
 
 Precision = Literal["fp32", "bf16", "int8", "nf4"]
@@ -186,9 +187,7 @@ class NF4Linear(StoredLinear):
             self._quantize(weight)
 
     def _quantize(self, weight: Tensor) -> None:
-        import bitsandbytes.functional as bnb
-
-        packed, state = bnb.quantize_4bit(
+        packed, state = kernels.bitsandbytes().quantize_4bit(
             weight.contiguous(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
         )
         self.register_buffer("packed", packed)
@@ -210,12 +209,11 @@ class NF4Linear(StoredLinear):
         self.register_buffer("code", weight.new_empty(16, dtype=single))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-
-        inner = QuantState(
+        bnb = kernels.bitsandbytes()
+        inner = bnb.QuantState(
             absmax=self.scale_scale, code=self.scale_code, blocksize=NF4_SCALE_BLOCK, dtype=torch.float32
         )
-        state = QuantState(
+        state = bnb.QuantState(
             absmax=self.scale,
             shape=torch.Size((self.out_features, self.in_features)),
             code=self.code,
@@ -225,7 +223,8 @@ class NF4Linear(StoredLinear):
             offset=self.scale_offset,
             state2=inner,
         )
-        return dequantize_4bit(self.packed, state)
+        dequantized: Tensor = bnb.dequantize_4bit(self.packed, state)
+        return dequantized
 
 
 class Int8Linear(StoredLinear):
@@ -243,9 +242,7 @@ class Int8Linear(StoredLinear):
                 weight.new_empty(weight.shape[0]).float(),
             )
         else:
-            import bitsandbytes.functional as bnb
-
-            packed, largest, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+            packed, largest, _ = kernels.bitsandbytes().int8_vectorwise_quant(weight.to(torch.float16))
         self.register_buffer("packed", packed)
         self.register_buffer("largest", largest)
 

@@ -22,6 +22,7 @@ FLOORS = (
         "files",
         "hardware",
         "heap",
+        "kernels",
         "machine",
         "precision",
         "catalog",

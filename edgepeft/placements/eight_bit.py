@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgepeft import kernels
 from edgepeft.errors import UsageError
 from edgepeft.placements import rounding
 
@@ -58,8 +59,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], whole: Tensor, gradient: Tensor, state: dict[str, Any], at: int) -> None:
         """A part of a parameter, from its number ``at`` on."""
-        from bitsandbytes import functional
-
+        functional = kernels.bitsandbytes()
         numbers, blocks = slice(at, at + CHUNK), slice(at // BLOCK, (at + CHUNK) // BLOCK)
         own = whole[numbers]
         exact = own.float()  # the same numbers, not a copy, if it is fp32
@@ -83,8 +83,7 @@ def codes() -> tuple[list[float], list[float]]:
 
     It must be called once where tensors have values before it is called where they are fake.
     """
-    from bitsandbytes import functional
-
+    functional = kernels.bitsandbytes()
     return functional.create_dynamic_map(signed=True).tolist(), functional.create_dynamic_map(signed=False).tolist()
 
 
@@ -114,8 +113,7 @@ def check(device: str) -> None:
     Raises:
         UsageError: see above.
     """
-    import bitsandbytes  # noqa: F401  # its kernels are known from then on
-
+    kernels.bitsandbytes()
     if not torch._C._dispatch_has_kernel_for_dispatch_key(_UPDATE, device.upper()):
         raise UsageError(
             f"AdamW in 8 bits cannot run on this machine ({device}).",

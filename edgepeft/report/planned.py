@@ -7,7 +7,7 @@ from edgepeft.report.markup import Html, cell, join, memory, number, percent, ta
 from edgepeft.report.rundir import Record, Run
 from edgepeft.surface import EIGHT_BIT
 
-COLUMNS = ("method", "precision", "microbatch", "checkpointing", "peak", "fits")
+COLUMNS = ("method", "precision", "largest microbatch", "checkpointing", "peak", "fits")
 SHOWN = 10
 
 
