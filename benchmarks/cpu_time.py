@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from edgepeft import backbone, hardware, heap, precision, roofline
+from edgepeft.backbone import as_fields
 from edgepeft.methods import base
-from edgepeft.probe import as_fields
 from edgepeft.step import TrainingStep
 from edgepeft.trace import fake_device
 

@@ -11,14 +11,16 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from edgepeft import foreign
-from edgepeft.data import Data, Example
 from edgepeft.files import write_json
+
+if TYPE_CHECKING:  # plans, which answer too, do not wait for the libraries of data
+    from edgepeft.data import Data, Example
 
 ASKED = 4  # questions of an evaluation
 TOKENS = 24  # of an answer at most

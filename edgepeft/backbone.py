@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,6 @@ from torch import Tensor, nn
 
 from edgepeft import anatomy, catalog, heap, precision
 from edgepeft.catalog import fields
-from edgepeft.data.tokens import check_files
 from edgepeft.errors import EdgePeftError, UsageError, beside, nearest, said
 from edgepeft.tasks import check, default_task
 
@@ -102,8 +103,7 @@ def config(source: Source, *, trust_remote_code: bool = False) -> PretrainedConf
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if source.known is not None:
-        known = dict(source.known)
-        return AutoConfig.for_model(known.pop("model_type"), **known)
+        return as_config(source.known)
     with _refusing_unloadable(source):
         written, _ = transformers.PretrainedConfig.get_config_dict(source.location, **_gguf(source))
     if "auto_map" in written and written.get("model_type") not in CONFIG_MAPPING:
@@ -119,6 +119,19 @@ def config(source: Source, *, trust_remote_code: bool = False) -> PretrainedConf
     return found
 
 
+def as_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """A configuration as plain data."""
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+def as_config(model: Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration that plain data are of."""
+    from transformers import AutoConfig
+
+    named = copy.deepcopy(dict(model))
+    return AutoConfig.for_model(named.pop("model_type"), **named)
+
+
 def tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
     """The model's fast tokenizer.
 
@@ -126,6 +139,8 @@ def tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedT
         UsageError: it has none that the ``tokenizers`` library can run, which the device needs.
     """
     from transformers import AutoTokenizer
+
+    from edgepeft.data.tokens import check_files  # plans do not wait for the libraries of data
 
     check_files(source.location, gguf=source.gguf is not None)
     with _refusing_unloadable(source):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from edgepeft.cross_entropy import chunks
-from edgepeft.data import Data
-from edgepeft.data.batches import sample
 from edgepeft.ranks import ALONE, Ranks
 from edgepeft.recipe import Recipe
 from edgepeft.step import Batch, answer_states, inputs, targets
+
+if TYPE_CHECKING:  # plans, which evaluate too, do not wait for the libraries of data
+    from edgepeft.data import Data
 
 PRIMARY = {"classification": "accuracy", "causal-lm": "loss", "seq2seq": "loss"}
 
@@ -30,6 +31,8 @@ def better(task: str, metrics: dict[str, float], best: dict[str, float] | None) 
 
 def validation_batches(data: Data, recipe: Recipe) -> list[Batch]:
     """The examples every evaluation of a run uses, in microbatches."""
+    from edgepeft.data.batches import sample
+
     size = recipe.microbatch or 1
     order = sample(len(data.validation), recipe.validation_limit, seed=recipe.seed)
     return [data.validation.collate(list(order[first : first + size])) for first in range(0, len(order), size)]

@@ -106,7 +106,7 @@ def measure_model(
         eight_bit.check(hardware.kind)
     config = backbone.config(source)
     configuration = Configuration(
-        model=probe.as_fields(config),
+        model=backbone.as_fields(config),
         task=task or tasks.usual_task(config),
         method=method,
         options=options,
@@ -183,7 +183,7 @@ class _Step:
     """A configuration's real training step on one batch, as accumulation sees it: gradients of before are there."""
 
     def __init__(self, configuration: Configuration, device: str) -> None:
-        config = probe.as_config(configuration.model)
+        config = backbone.as_config(configuration.model)
         with torch.device(device):
             made = backbone.skeleton(
                 config, task=configuration.task, at=configuration.precision, labels=configuration.labels

@@ -99,7 +99,7 @@ class _Job:
             task = data.task_of(wanted.data, task=wanted.task, columns=wanted.columns, validation=wanted.validation)
             check_task(self.config, task)
             if method is not None:
-                probe.refuse(probe.as_fields(self.config), task, method)
+                probe.refuse(backbone.as_fields(self.config), task, method)
         self.data = data.load(
             self.recipe.data,
             tokenizer=tokenizer,
@@ -321,7 +321,7 @@ class _Job:
     def _plan(self, recipe: Recipe, microbatch: int | None, *, accumulates: bool) -> Plan:
         return plan.plan(
             name=recipe.model,
-            model=probe.as_fields(self.config),
+            model=backbone.as_fields(self.config),
             task=self.data.task,
             hardware=self.hardware.shared(recipe.devices),
             tokens=int(max(self.data.train.lengths.max(), self.data.validation.lengths.max())),

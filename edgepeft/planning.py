@@ -225,10 +225,10 @@ def _taken(method: str | None, options: Mapping[str, Any], tokens: int | None, f
     """How many positions a method takes from the input; those that are planned when none is named take none."""
     if method in (None, ALL, *PREFERRED) and not (options or tokens):
         return 0
-    from edgepeft import probe
+    from edgepeft import backbone
     from edgepeft.methods import base
 
-    return 0 if method in (None, ALL) else base.create(str(method), options).positions(probe.as_config(fields))
+    return 0 if method in (None, ALL) else base.create(str(method), options).positions(backbone.as_config(fields))
 
 
 def _model(name: str, trust_remote_code: bool) -> tuple[dict[str, Any], str]:
@@ -236,7 +236,7 @@ def _model(name: str, trust_remote_code: bool) -> tuple[dict[str, Any], str]:
     known = None if Path(name).is_dir() or name.endswith(".gguf") else catalog.entry(name)
     if known is not None:
         return {field: value for field, value in known.items() if not field.startswith("_")}, known["_edgepeft"]["task"]
-    from edgepeft import backbone, probe, tasks
+    from edgepeft import backbone, tasks
 
     config = backbone.config(backbone.resolve(name), trust_remote_code=trust_remote_code)
-    return probe.as_fields(config), tasks.usual_task(config)
+    return backbone.as_fields(config), tasks.usual_task(config)

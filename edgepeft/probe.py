@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
 
 from edgepeft import largest, precision, work
 from edgepeft import step as training
-from edgepeft.backbone import Backbone, Packing, skeleton
+from edgepeft.backbone import Backbone, Packing, as_config, skeleton
 from edgepeft.catalog.fields import at_depth, depth
 from edgepeft.evaluate import sample_logits, totals
 from edgepeft.merge import COMPARED, to_full_precision
@@ -131,17 +129,6 @@ def _only(found: Recording, checkpointing: bool) -> Recording:
     tracker = copy.copy(found.tracker)
     tracker.phases = chosen(tracker.phases)
     return replace(found, tracker=tracker, marks=chosen(found.marks))
-
-
-def as_fields(config: PretrainedConfig) -> dict[str, Any]:
-    """A configuration as plain data."""
-    return json.loads(config.to_json_string(use_diff=False))
-
-
-def as_config(model: Mapping[str, Any]) -> PretrainedConfig:
-    """The configuration that plain data are of."""
-    fields = copy.deepcopy(dict(model))
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 def _skeleton(model: Mapping[str, Any], task: str, at: str, pack: Packing, labels: int = 2) -> Backbone:

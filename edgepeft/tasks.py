@@ -17,11 +17,11 @@ _OPTIMUM_TASKS = dict(zip(("text-classification", "text-generation", "text2text-
 def usual_task(configuration: PretrainedConfig) -> str:
     """What a checkpoint was saved for, going by the class it names; ``default_task`` if that is none of our tasks."""
     for name in configuration.architectures or ():
-        import transformers
-        from optimum.exporters.tasks import TasksManager  # slow to import; models of the catalogue name no class
+        from optimum.exporters.tasks import TasksManager
 
+        named = type(name, (), {"__module__": "transformers"})  # optimum goes by names; the class itself loads slowly
         with contextlib.suppress(ValueError):  # a class that serves no single task
-            task = TasksManager.infer_task_from_model(getattr(transformers, name, object))
+            task = TasksManager.infer_task_from_model(named)
             if task in _OPTIMUM_TASKS:
                 return _OPTIMUM_TASKS[task]
     return default_task(configuration)

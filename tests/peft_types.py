@@ -13,7 +13,7 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 
-from edgepeft import adapter, probe, step, traces
+from edgepeft import adapter, backbone, step, traces
 from edgepeft.errors import EdgePeftError
 from edgepeft.merge import relative_difference, to_full_precision
 from edgepeft.methods import base
@@ -79,7 +79,7 @@ def write(folder: Path, content: dict[str, Any]) -> str:
 def planned(name: str, family: str, at: str = "fp32", **changes: Any) -> Surface | EdgePeftError:
     """What the planner finds for a method on a family's tiny model."""
     wanted: dict[str, Any] = {
-        "model": probe.as_fields(tiny.configuration(family)),
+        "model": backbone.as_fields(tiny.configuration(family)),
         "task": tiny.task(family),
         "method": name,
         "options": {},

@@ -12,7 +12,7 @@ import torch
 import training
 from conformance import randomised
 
-from edgepeft import answers, largest, probe, watch
+from edgepeft import answers, backbone, largest, probe, watch
 from edgepeft.evaluate import totals
 from edgepeft.methods import base
 from edgepeft.surface import Configuration
@@ -50,7 +50,7 @@ def test_an_evaluation_holds_what_was_planned(family: str, name: str) -> None:
     made, method = tiny.load(family), tiny.method(name)
     base.apply(method, made)
     wanted = Configuration(
-        model=probe.as_fields(made.model.config),
+        model=backbone.as_fields(made.model.config),
         task=made.task,
         method=name,
         options=method.narrow,

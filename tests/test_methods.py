@@ -13,7 +13,7 @@ from conformance import FAMILIES, gradients, home, needs, randomised, refusal, s
 from torch import nn
 from transformers import GenerationConfig
 
-from edgepeft import adapter, checkpoint, precision, probe, step, taxonomy
+from edgepeft import adapter, backbone, checkpoint, precision, probe, step, taxonomy
 from edgepeft.backbone import Backbone
 from edgepeft.evaluate import evaluate, sample_logits
 from edgepeft.export import onnx, parity
@@ -232,7 +232,7 @@ def test_is_traced_on_fake_tensors(name: str, family: str) -> None:
             added = sum(p.nbytes for n, p in made.model.named_parameters() if p.requires_grad and n not in plain)
     found = probe.record(
         probe.Configuration(
-            model=probe.as_fields(tiny.configuration(family)),
+            model=backbone.as_fields(tiny.configuration(family)),
             task=made.task,
             method=name,
             options={**method.narrow, **tiny.others(family, name)},

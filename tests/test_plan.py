@@ -18,7 +18,7 @@ from edgepeft.step import TrainingStep
 from edgepeft.surface import ADAMW, EIGHT_BIT, read
 from edgepeft.trace import KINDS, Tracker
 
-LLAMA = probe.as_fields(
+LLAMA = backbone.as_fields(
     LlamaConfig(
         vocab_size=512,
         hidden_size=64,
@@ -29,11 +29,11 @@ LLAMA = probe.as_fields(
     )
 )
 DEEP = {**LLAMA, "num_hidden_layers": 18}
-BERT = probe.as_fields(
+BERT = backbone.as_fields(
     BertConfig(vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4)
 )
-GPT2 = probe.as_fields(GPT2Config(vocab_size=256, n_embd=64, n_layer=6, n_head=4, n_positions=64))
-T5 = probe.as_fields(T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=128, num_layers=6, num_heads=4))
+GPT2 = backbone.as_fields(GPT2Config(vocab_size=256, n_embd=64, n_layer=6, n_head=4, n_positions=64))
+T5 = backbone.as_fields(T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=128, num_layers=6, num_heads=4))
 
 
 def configuration(method: str = "lora", precision: str = "fp32", **changes: object) -> probe.Configuration:
