@@ -10,7 +10,7 @@ below the one before. That is nowhere documented; with rising addresses the repl
 
 from __future__ import annotations
 
-import bisect
+from bisect import bisect_left, insort
 from collections.abc import Iterable
 
 BLOCK = 512  # bytes: every block is a multiple of this (kMinBlockSize)
@@ -32,13 +32,18 @@ class OutOfMemory(Exception):
 class _Block:
     """A part of a segment; neighbours are the parts before and after it in the same segment."""
 
-    __slots__ = ("address", "after", "before", "free", "size", "small")
+    __slots__ = ("address", "after", "before", "free", "pool", "size")
 
-    def __init__(self, address: int, size: int, small: bool) -> None:
-        self.address, self.size, self.small = address, size, small
-        self.before: _Block | None = None
-        self.after: _Block | None = None
-        self.free = False
+    address: int
+    size: int
+    pool: _Pool
+    before: _Block | None
+    after: _Block | None
+    free: bool
+
+
+_Pool = list[tuple[int, int, _Block]]
+"""Free blocks of segments of one sort, ordered by size and then address."""
 
 
 class CachingAllocator:
@@ -57,23 +62,70 @@ class CachingAllocator:
         self.allocated_bytes = self.peak_allocated_bytes = 0
         self._address = 1 << 62  # where the last segment is
         self._live: dict[int, _Block] = {}
-        # free blocks of either pool, ordered by size and then address
-        self._pools: dict[bool, list[tuple[int, int, _Block]]] = {True: [], False: []}
+        self._small: _Pool = []
+        self._large: _Pool = []
 
     def run(self, history: Iterable[tuple[int, int]]) -> None:
         """Births (uid, bytes), deaths (-uid, bytes) and ``empty_cache`` (0, 0), in order: ``trace.Tracker.history``.
 
+        One loop without calls, as a plan replays tens of millions of these.
+
         Raises:
             OutOfMemory: see ``allocate``.
         """
-        allocate, free = self.allocate, self.free
-        for uid, size in history:
-            if uid > 0:
-                allocate(uid, size)
-            elif uid < 0:
-                free(-uid)
-            else:
-                self.empty_cache()
+        live, small, large = self._live, self._small, self._large
+        allocated, peak = self.allocated_bytes, self.peak_allocated_bytes
+        try:
+            for uid, asked in history:
+                if uid > 0:
+                    if not asked:
+                        continue
+                    size = (asked + BLOCK - 1) & -BLOCK
+                    pool = small if size <= SMALL else large
+                    index = bisect_left(pool, (size, -1))
+                    if index < len(pool):
+                        block = pool.pop(index)[2]
+                        block.free = False
+                    else:
+                        block = self._reserve(size, pool)
+                    left = block.size - size
+                    if left > SMALL or (left and pool is small):  # split
+                        rest, after = _Block(), block.after
+                        rest.address, rest.size, rest.pool = block.address + size, left, pool
+                        rest.before, rest.after, rest.free = block, after, True
+                        block.after, block.size = rest, size
+                        if after is not None:
+                            after.before = rest
+                        insort(pool, (left, rest.address, rest))
+                    live[uid] = block
+                    allocated += block.size
+                    if allocated > peak:
+                        peak = allocated
+                elif uid < 0:
+                    freed = live.pop(-uid, None)
+                    if freed is None:
+                        continue
+                    block, pool, before, after = freed, freed.pool, freed.before, freed.after
+                    allocated -= block.size
+                    if before is not None and before.free:  # join with the neighbours that are free
+                        del pool[bisect_left(pool, (before.size, before.address))]
+                        before.size += block.size
+                        before.after = after
+                        if after is not None:
+                            after.before = before
+                        block = before
+                    if after is not None and after.free:
+                        del pool[bisect_left(pool, (after.size, after.address))]
+                        block.size += after.size
+                        block.after = beyond = after.after
+                        if beyond is not None:
+                            beyond.before = block
+                    block.free = True
+                    insort(pool, (block.size, block.address, block))
+                else:
+                    self.empty_cache()
+        finally:
+            self.allocated_bytes, self.peak_allocated_bytes = allocated, peak
 
     def allocate(self, uid: int, size_bytes: int) -> None:
         """Serve a request, which ``free(uid)`` gives back.
@@ -81,49 +133,21 @@ class CachingAllocator:
         Raises:
             OutOfMemory: there is no room for it.
         """
-        if size_bytes == 0:
-            return
-        size = -(-size_bytes // BLOCK) * BLOCK
-        block = self._cached(size) or self._reserve(size)
-        left = block.size - size
-        if left and (left >= BLOCK if block.small else left > SMALL):
-            self._split(block, size)
-        self._live[uid] = block
-        self.allocated_bytes += block.size
-        if self.allocated_bytes > self.peak_allocated_bytes:
-            self.peak_allocated_bytes = self.allocated_bytes
+        self.run([(uid, size_bytes)])
 
     def free(self, uid: int) -> None:
         """Give a request back to the cache, joined with free neighbours."""
-        block = self._live.pop(uid, None)
-        if block is None:
-            return
-        self.allocated_bytes -= block.size
-        if block.before is not None and block.before.free:
-            self._take(block.before)
-            block = self._join(block.before, block)
-        if block.after is not None and block.after.free:
-            self._take(block.after)
-            block = self._join(block, block.after)
-        self._put(block)
+        self.run([(-uid, 0)])
 
     def empty_cache(self) -> None:
         """Give segments that are free as a whole back to the device."""
-        for small, pool in self._pools.items():
-            whole = [entry for entry in pool if entry[2].before is None and entry[2].after is None]
-            self.reserved_bytes -= sum(size for size, _, _ in whole)
-            self._pools[small] = [entry for entry in pool if entry[2].before is not None or entry[2].after is not None]
+        for pool in (self._small, self._large):
+            kept = [entry for entry in pool if entry[2].before is not None or entry[2].after is not None]
+            self.reserved_bytes -= sum(size for size, _, _ in pool) - sum(size for size, _, _ in kept)
+            pool[:] = kept
 
-    def _cached(self, size: int) -> _Block | None:
-        pool = self._pools[size <= SMALL]
-        index = bisect.bisect_left(pool, (size, -1))
-        if index == len(pool):
-            return None
-        block = pool.pop(index)[2]
-        block.free = False
-        return block
-
-    def _reserve(self, size: int) -> _Block:
+    def _reserve(self, size: int, pool: _Pool) -> _Block:
+        """A new segment as one block."""
         if size <= SMALL:
             segment = SMALL_SEGMENT
         elif size < LARGE_FROM:
@@ -137,28 +161,7 @@ class CachingAllocator:
         self.reserved_bytes += segment
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
         self._address -= segment + BLOCK  # segments are not neighbours
-        return _Block(self._address, segment, size <= SMALL)
-
-    def _split(self, block: _Block, size: int) -> None:
-        rest = _Block(block.address + size, block.size - size, block.small)
-        rest.before, rest.after = block, block.after
-        if rest.after is not None:
-            rest.after.before = rest
-        block.after, block.size = rest, size
-        self._put(rest)
-
-    def _join(self, left: _Block, right: _Block) -> _Block:
-        left.size += right.size
-        left.after = right.after
-        if right.after is not None:
-            right.after.before = left
-        return left
-
-    def _put(self, block: _Block) -> None:
-        block.free = True
-        bisect.insort(self._pools[block.small], (block.size, block.address, block))
-
-    def _take(self, block: _Block) -> None:
-        pool = self._pools[block.small]
-        del pool[bisect.bisect_left(pool, (block.size, block.address))]
-        block.free = False
+        block = _Block()
+        block.address, block.size, block.pool = self._address, segment, pool
+        block.before, block.after, block.free = None, None, False
+        return block
