@@ -94,7 +94,7 @@ class Workspace:
                 "Two would write over each other.",
                 "Wait until it has ended, or choose another --out.",
             ) from None
-        except OSError:  # another user's, or nothing can be written there: as good as none
+        except (OSError, NotImplementedError):  # another user's, or nothing can be written there: as good as none
             pass
         try:
             yield
