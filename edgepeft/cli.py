@@ -200,7 +200,7 @@ app.command("train", help="Plan and train only.")(_to("train"))
 @app.command()
 def merge(folder: RunFolder, as_json: flags.Json = False) -> None:
     """Merge the adapter of a run into its backbone."""
-    _run(_stored(folder), folder, "merge", as_json)
+    _run(_trained(folder), folder, "merge", as_json)
 
 
 @app.command()
@@ -208,7 +208,7 @@ def export(folder: RunFolder, settings: flags.Set = None, as_json: flags.Json = 
     """Export a trained run to ONNX and package it for the device."""
     from edgepeft import recipe as recipes
 
-    values = _stored(folder)
+    values = _trained(folder)
     for setting in settings or []:
         recipes.assign(values, setting)
     _run(values, folder, "export", as_json)
@@ -260,12 +260,16 @@ def main() -> None:
         sys.exit(EdgePeftError.exit_code)
 
 
-def _stored(folder: Path) -> dict[str, Any]:
+def _trained(folder: Path) -> dict[str, Any]:
+    """The recipe of a run that was trained to its end: what merges or exports does not train for hours first."""
     from edgepeft import recipe as recipes
 
     path = folder / "recipe.toml"
     if not path.exists():
         raise UsageError(f"There is no run in {folder}.", "It has no recipe.toml.", "Start one with `edgepeft run`.")
+    if not (folder / "adapter").is_dir():
+        remedy = f"Go on with it: edgepeft train --recipe {path} --out {folder}"
+        raise UsageError(f"The run in {folder} is not trained to its end.", "It has no adapter yet.", remedy)
     return recipes.read(path)
 
 

@@ -85,6 +85,13 @@ def test_a_malformed_row_is_named(tmp_path: Path) -> None:
     refused(edgepeft("run", "--model", MINILM, "--data", rows, "--out", tmp_path / "out"), 2, "rows.jsonl, line 2")
 
 
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_what_is_not_trained_yet_is_not_merged_or_exported(command: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(f'model = "{MINILM}"\ndata = "{DATA}"\nmethod = "lora"\n')
+    refused(edgepeft(command, tmp_path), 2, "is not trained to its end", "edgepeft train --recipe")
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
+
+
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     refused(edgepeft("run", "--model", MINILM, "--data", DATA, "--out", tmp_path), 2, "holds no run")
