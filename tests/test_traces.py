@@ -60,8 +60,8 @@ def test_a_shipped_model_is_planned_without_torch(name: str, more: list[str]) ->
     assert {each["method"] for each in found["candidates"]} == set(PREFERRED) - ({"galore"} if more else set())
 
 
-def test_every_shipped_model_has_its_usual_configurations() -> None:
-    for name in SHIPPED:
+def test_every_model_of_the_catalogue_has_its_usual_configurations() -> None:
+    for name in catalog.names():
         for method in PREFERRED:
             wanted = traces.usual(name, method, "bf16")
             assert traces.shipped(wanted) is not None, (name, method)
