@@ -270,7 +270,9 @@ def tiny_of(folder: str) -> nn.Module:
 
 
 def test_what_cannot_be_merged_goes_to_the_device_beside_its_backbone(tmp_path: Path) -> None:
-    name = peft_types.write(tmp_path / "configuration", peft_types.fields("LILY", "bert"))
+    # At LILY's own scaling of 1 the tiny model's logits are rounded by 3e-5 to 1.2e-4 of the largest, at 0.1 by 6e-7.
+    fields = {**peft_types.fields("LILY", "bert"), "scaling": 0.1}
+    name = peft_types.write(tmp_path / "configuration", fields)
     lines: list[str] = []
     space = pipeline.run(
         training.written("classification", method=name, options={}, variants=()), tmp_path / "run", say=lines.append
