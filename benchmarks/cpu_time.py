@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 
 from edgepeft import backbone, hardware, heap, precision, roofline
-from edgepeft.backbone import as_fields
 from edgepeft.methods import base
 from edgepeft.step import TrainingStep
 from edgepeft.trace import fake_device
@@ -77,7 +76,7 @@ def predicted(job: Job, method: str, at: str, device: hardware.Hardware) -> floa
     del configuration._name_or_path
     from transformers import AutoConfig
 
-    fields = as_fields(configuration)
+    fields = backbone.as_fields(configuration)
     with precision.emulating(bf16=device.bf16), fake_device(cuda=False) as tracker:
         made = AutoConfig.for_model(fields.pop("model_type"), **fields)
         step = step_of(backbone.skeleton(made, task=job.task, at=at, labels=2), base.create(method))

@@ -47,7 +47,8 @@ def main(argv: list[str]) -> None:
     end = time.monotonic() + 60 * given.minutes
     benches = [BENCHES[name] for name in given.bench or BENCHES]
     for bench in BENCHES.values():
-        kept.restore(bench)
+        if not bench.made_here:
+            kept.restore(bench)
     if not given.report:
         for bench in benches:
             rows = [row for row in bench.rows() if not given.only or row.name in given.only or row.method in given.only]
@@ -56,14 +57,14 @@ def main(argv: list[str]) -> None:
                     break
                 _process(server, path, what, arguments, bench.seconds)
     for bench in BENCHES.values():
-        if (bench.folder / "untuned-0.json").exists():
+        if not bench.made_here and (bench.folder / "untuned-0.json").exists():
             kept.keep(bench)
     methods_table.write()
 
 
 def runs(bench: Bench, rows: list[Row]) -> Iterator[Run]:
     """What is not there yet, one at a time: a first rate of every row, then the next, so that all rows grow."""
-    if bench.name == "t5" and not bench.model.is_dir():
+    if bench.made_here and not bench.model.is_dir():
         yield bench.folder / "pretrained.json", tuned.pretrain, ()
     if not bench.model.is_dir():
         raise UsageError(f"There is no {bench.model}.", "", "Run: python tools/models.py")

@@ -79,6 +79,11 @@ class Bench:
         """Where its runs, data and prompts are kept."""
         return STATE / self.name
 
+    @property
+    def made_here(self) -> bool:
+        """Whether its model is trained by the benchmark: other machines come to other weights, and to other runs."""
+        return self.model.is_relative_to(self.folder)
+
     def rows(self) -> list[Row]:
         """Full tuning, every method, and on NF4 those that are most used there."""
         names = sorted(base.names(), key=lambda name: (name != "full", name in SLOW))
