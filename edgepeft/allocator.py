@@ -68,7 +68,7 @@ class CachingAllocator:
     def run(self, history: Iterable[tuple[int, int]]) -> None:
         """Births (uid, bytes), deaths (-uid, bytes) and ``empty_cache`` (0, 0), in order: ``trace.Tracker.history``.
 
-        One loop without calls, as a plan replays tens of millions of these.
+        One loop without calls, as a plan of many methods replays tens of millions of these.
 
         Raises:
             OutOfMemory: see ``allocate``.

@@ -15,7 +15,7 @@ def bitsandbytes() -> Any:
     bitsandbytes decorates what it would run on devices without kernels of its own with ``torch.compile``, which alone
     takes an import of PyTorch's compiler: two seconds. CPUs and CUDA have their own.
     """
-    compiler, torch.compile = torch.compile, _as_it_is  # type: ignore[assignment]
+    compiler, torch.compile = torch.compile, _as_it_is  # type: ignore[assignment]  # for as long as it is imported
     try:
         from bitsandbytes import functional
     finally:

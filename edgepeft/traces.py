@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepeft import sharding, surface
-from edgepeft.catalog import entry, names
+from edgepeft.catalog import entry, names, traced_as
 from edgepeft.errors import EdgePeftError, said
 from edgepeft.files import write_json
 from edgepeft.peft_config import path_of, text_of
@@ -197,9 +197,7 @@ def _shipped_methods() -> dict[str, dict[str, Any]]:
 
 @cache
 def _shipped_surfaces(name: str) -> dict[str, Any]:
-    known = entry(name)
-    assert known is not None
-    path = files("edgepeft.catalog").joinpath("traces", f"{known['_edgepeft'].get('same_sizes_as', name)}.json.gz")
+    path = files("edgepeft.catalog").joinpath("traces", f"{traced_as(name)}.json.gz")
     found: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes())) if path.is_file() else {}
     return found
 
@@ -251,7 +249,8 @@ def _trace(
             if isinstance(crash, concurrent.futures.BrokenExecutor):
                 _pool.cache_clear()  # the next trace has new processes
             what = f"{job[0].method} at {job[0].precision}"
-            lost = f"{type(crash).__name__}: {said(crash)}"
+            kind = type(crash).__name__
+            lost = f"{kind}: {said(crash).removeprefix(f'{kind}: ')}"
             found = [EdgePeftError(f"{what} could not be traced.", lost, "Please report it.")] * len(job)
         yield from zip(indices, found, strict=True)
         done += len(indices)

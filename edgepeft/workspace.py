@@ -94,8 +94,8 @@ class Workspace:
                 "Two would write over each other.",
                 "Wait until it has ended, or choose another --out.",
             ) from None
-        except (OSError, NotImplementedError):  # another user's, or nothing can be written there: as good as none
-            pass
+        except (OSError, NotImplementedError):
+            pass  # no lock can be had there, as it is another user's or not to be written: as before there were any
         try:
             yield
         finally:

@@ -26,13 +26,6 @@ SHIPPED = sorted(
 GPU = "a100-40gb"
 
 
-def like(name: str) -> str:
-    """The model of the catalogue whose traces hold for ``name``."""
-    known = catalog.entry(name)
-    assert known is not None
-    return str(known["_edgepeft"].get("same_sizes_as", name))
-
-
 def test_the_shipped_table_of_methods_says_what_their_classes_say() -> None:
     for name in base.names():
         assert traces.traits(name) == traces.traits_of(base.find(name))
@@ -68,11 +61,11 @@ def test_every_model_of_the_catalogue_has_its_usual_configurations() -> None:
             assert traces.units_key(wanted) in traces._shipped_surfaces(name), (name, method)
 
 
-@pytest.mark.parametrize("name", [name for name in catalog.names() if like(name) != name])
+@pytest.mark.parametrize("name", [name for name in catalog.names() if catalog.traced_as(name) != name])
 def test_a_model_of_the_same_sizes_has_the_same_surface(name: str) -> None:
     wanted = traces.usual(name, "ln_tuning", "nf4")
     assert traces.shipped(wanted) == surface.read(extrapolate.surface(wanted).plain())
-    assert traces.shipped(wanted) == traces.shipped(traces.usual(like(name), "ln_tuning", "nf4"))
+    assert traces.shipped(wanted) == traces.shipped(traces.usual(catalog.traced_as(name), "ln_tuning", "nf4"))
 
 
 @pytest.mark.parametrize(("method", "precision"), [("lora", "nf4"), ("lst", "bf16"), ("full", "bf16")])

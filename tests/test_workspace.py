@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from edgepeft import pipeline
 from edgepeft.errors import UsageError
 from edgepeft.recipe import Recipe
 from edgepeft.workspace import Workspace
@@ -67,6 +68,8 @@ def test_two_do_not_work_in_one_folder(tmp_path: Path) -> None:
     with Workspace(tmp_path / "run").alone():
         with pytest.raises(UsageError, match="Another process works in"), Workspace(tmp_path / "run").alone():
             pass
+        with pytest.raises(UsageError, match="Another process works in"):
+            pipeline.run(recipe(tmp_path), tmp_path / "run")
         with Workspace(tmp_path / "other").alone():
             pass
     with Workspace(tmp_path / "run").alone():

@@ -33,9 +33,8 @@ BATCH = 50  # configurations between two writes
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--models", nargs="*", default=[name for name in catalog.names() if "same_sizes_as" not in _about(name)]
-    )
+    own = [name for name in catalog.names() if catalog.traced_as(name) == name]
+    parser.add_argument("--models", nargs="*", default=own)
     parser.add_argument("--devices", nargs="*", default=list(DEVICES), choices=list(DEVICES))
     parser.add_argument("--check", type=int, metavar="N", help="trace N shipped configurations afresh")
     chosen = parser.parse_args()
@@ -85,13 +84,6 @@ def configurations(name: str, device: str) -> list[Configuration]:
         if not (traces.traits(method).writes_backbone and at in PACKED)
         for again in ((False, True) if traces.traits(method).backpropagates else (False,))
     ]
-
-
-def _about(name: str) -> dict[str, Any]:
-    known = catalog.entry(name)
-    assert known is not None
-    about: dict[str, Any] = known["_edgepeft"]
-    return about
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -35,6 +35,12 @@ def entry(name: str) -> dict[str, Any] | None:
     return None if known is None else _read(known)
 
 
+def traced_as(name: str) -> str:
+    """The model of the catalogue whose traces hold for the one called ``name``: itself, unless it says another."""
+    about = _read(name)["_edgepeft"]
+    return str(about.get("same_sizes_as", name))
+
+
 @cache
 def _index() -> dict[str, str]:
     """Every way to call a model, in lower case, to its name."""
