@@ -91,6 +91,11 @@ class Foreign(Method):
 
     @property
     def unexportable(self) -> str:  # type: ignore[override]
+        if self.type == "LILY":
+            return (
+                "PEFT mixes LILY's experts alike for all tokens of a batch, padding included: what it says of a text "
+                "depends on what else is in the batch, and a device reads one text."
+            )
         if not (self.parsed().is_prompt_learning or self.type in _OF_TASKS):
             return ""
         return (

@@ -270,12 +270,24 @@ def tiny_of(folder: str) -> nn.Module:
 
 
 def test_what_cannot_be_merged_goes_to_the_device_beside_its_backbone(tmp_path: Path) -> None:
-    # At LILY's own scaling of 1 the tiny model's logits are rounded by 3e-5 to 1.2e-4 of the largest, at 0.1 by 6e-7.
-    fields = {**peft_types.fields("LILY", "bert"), "scaling": 0.1}
-    name = peft_types.write(tmp_path / "configuration", fields)
+    name = peft_types.write(tmp_path / "configuration", peft_types.fields("BEFT", "llama"))
     lines: list[str] = []
     space = pipeline.run(
-        training.written("classification", method=name, options={}, variants=()), tmp_path / "run", say=lines.append
+        training.written("causal-lm", method=name, options={}, variants=()), tmp_path / "run", say=lines.append
     )
     assert any("stays beside its backbone" in line for line in lines)
     assert not space.merged.exists() and (space.device / "model.onnx").exists()
+
+
+def test_what_depends_on_the_rest_of_a_batch_is_not_exported(tmp_path: Path) -> None:
+    name = peft_types.write(tmp_path / "configuration", peft_types.fields("LILY", "bert"))
+    with pytest.raises(UsageError, match="cannot be exported to ONNX") as caught:
+        pipeline.run(training.written("classification", method=name, options={}, variants=()), tmp_path / "run")
+    assert "what else is in the batch" in caught.value.cause and not (tmp_path / "run").exists()
+    made, method = tiny.adapted("bert", name)
+    randomised(made.model)
+    batch = {key: value for key, value in tiny.batch("classification").items() if key != "labels"}
+    with torch.no_grad():
+        together = made.model.eval()(**batch).logits
+        alone = made.model(**{key: value[:1] for key, value in batch.items()}).logits
+    assert (together[:1] - alone).abs().max() > 1e-4 * together.abs().max()  # 1e-7 is what rounding does

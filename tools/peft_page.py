@@ -29,7 +29,8 @@ families with random weights: planned, trained for three updates, saved, put bac
 itself (fp32), and merged. Outputs agree to 1e-5 of the largest where the same is computed twice, to 1e-4 after merging.
 
 *merges* went through all of it; *stays* did too, and is not merged but exported beside its backbone, except prompts,
-prefixes and POLY, which are not exported: `edgepeft run` refuses them before it begins, `edgepeft train` trains them.
+prefixes, POLY and LILY, which are not exported: `edgepeft run` refuses them before it begins, `edgepeft train` trains
+them.
 *no* is refused before training, for the reason below the table.
 """
 
