@@ -38,8 +38,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after this time")
     parser.add_argument("--report", action="store_true", help="only write the tables from what there is")
     given = parser.parse_args(argv)
-    if not STATE.is_dir():
-        STATE.mkdir(parents=True)
+    STATE.mkdir(parents=True, exist_ok=True)
     # Children are forked from a server that has imported everything: a run does not pay for it, nor see later edits.
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tuned"])

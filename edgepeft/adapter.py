@@ -12,13 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from edgepeft import __version__, foreign
+from edgepeft import __version__, foreign, shards
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.files import atomic_directory, write_json
 from edgepeft.methods.base import Method, state
 from edgepeft.placements.selection import canonical
 from edgepeft.placements.stored import CARD as CARD
 from edgepeft.placements.stored import TENSORS as TENSORS
+from edgepeft.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +58,11 @@ def card(method: Method, *, model: str, task: str, precision: str, labels: tuple
     )
 
 
-def save(directory: Path, model: nn.Module, what: Card) -> None:
-    """Write the adapter of ``model`` as a folder, whole or not at all."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state(model).items()}
+def save(directory: Path, model: nn.Module, what: Card, ranks: Ranks = ALONE) -> None:
+    """Write the adapter of ``model`` as a folder, whole or not at all; the first of several ranks does."""
+    tensors = shards.collected(state(model), ranks)
+    if not ranks.first:
+        return
     with atomic_directory(directory) as folder:
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         write_json(folder / CARD, asdict(what))
@@ -207,4 +210,4 @@ def copy_into(parameters: dict[str, Tensor], tensors: dict[str, Tensor], where: 
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(shards.part_of(tensors[name], parameter))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from edgepeft import hardware, recipe, traces
-from edgepeft.candidate import FSDP, Candidate, needed_bytes
+from edgepeft.candidate import Candidate, needed_bytes
 from edgepeft.errors import UsageError
 from edgepeft.plan import PACKED, GiB, Plan, default_precisions
 from edgepeft.recipe import PRECISIONS
@@ -156,11 +156,11 @@ def _more(failed: Plan, again: Again, method: str | None) -> Iterator[Alternativ
     least = failed.least
     for devices in MORE:
         change = {"devices": devices, "method": method or least.method}
-        found = _planned(again, **change, first=True, sharded=False) or _planned(again, **change, first=True)
+        found = _planned(again, **change, first=True)
         if found is not None:
             several = f"{devices} x {failed.hardware.name} (--gpus {devices})"
-            unrun = ", by FSDP, which is planned and not run" if found.chosen().strategy == FSDP else ""
-            text = f"{several} with {found.chosen().method} on {_chosen(found)}{unrun}"
+            strategy = found.chosen().strategy.upper()
+            text = f"{several} by {strategy} with {found.chosen().method} on {_chosen(found)}"
             yield _alternative(change, found.chosen(), text)
             return
 

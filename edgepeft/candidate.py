@@ -10,7 +10,6 @@ from edgepeft import roofline
 from edgepeft.hardware import Hardware
 from edgepeft.surface import ADAMW, AFTERWARDS, PASSING, TRAINING, WORKING, Configuration, Surface
 
-DDP, FSDP = "ddp", "fsdp"  # how several devices share the work: each holds all, or a part
 LARGEST_MICROBATCH = 1024
 CPU_PROCESS_BYTES = 670 << 20  # measured: 580 MiB of imports, 40 to 130 of kernels (benchmarks/results/plan.md, part C)
 KEPT = 0.4  # of what training frees glibc kept as much more, measured there on MiniLM, where memory is ample
@@ -55,7 +54,7 @@ class Candidate:
     """On a CPU: whether training may keep what it frees, which is faster (``heap.ample``); ``process_bytes`` has it."""
 
     strategy: str = ""
-    """DDP or FSDP; nothing on one device. All numbers but the speed are those of one device of several."""
+    """One of ``STRATEGIES``; nothing on one device. All numbers but the speed are those of one device of several."""
 
     @property
     def training_bytes(self) -> int:

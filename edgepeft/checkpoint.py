@@ -13,37 +13,44 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from edgepeft import adapter
+from edgepeft import adapter, shards
 from edgepeft.errors import EdgePeftError
 from edgepeft.files import atomic_directory, sha256, write_json
 from edgepeft.methods.base import state
+from edgepeft.ranks import ALONE, Ranks
 
 STATE, TENSORS = "state.json", "state.safetensors"
 KEEP = 2  # the newest, and one before it in case the newest is damaged
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> Path:
+def save(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any], ranks: Ranks = ALONE
+) -> Path:
     """Write ``folder/step-N``, whole or not at all, and delete all but the newest checkpoints.
+
+    The first of several ranks does, and each goes on from that with its own part of a sharded model.
 
     Args:
         progress: what else must be remembered, as JSON; its ``step`` names the checkpoint.
     """
     parameters = adapter.trained(model)
     names = {id(parameter): name for name, parameter in parameters.items()}
-    own = state(model, transient=True)
-    tensors = {f"parameter/{name}": tensor.detach().cpu().contiguous() for name, tensor in own.items()}
+    held = {f"parameter/{name}": tensor for name, tensor in state(model, transient=True).items()}
     scalars: dict[str, Any] = {}
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
             where = f"optimizer/{names[id(parameter)]}/{key}"
             if isinstance(value, Tensor):
-                tensors[where] = value.detach().cpu().contiguous()
+                held[where] = value
             else:
                 scalars[where] = value
+    target = folder / f"step-{progress['step']:08d}"
+    tensors = shards.collected(held, ranks)
+    if not ranks.first:
+        return target
     tensors["random/torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
-    target = folder / f"step-{progress['step']:08d}"
     with atomic_directory(target) as temporary:
         save_file(tensors, temporary / TENSORS)
         plain = {
@@ -96,7 +103,9 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
             parameter = parameters[name]
             # AdamW keeps its step counts on the CPU unless it is fused; states of a parameter's shape live beside it.
             if isinstance(value, Tensor):
-                value = value.clone().to(parameter.device)  # not a view of the file, which is deleted in its turn
+                # not a view of the file, which is deleted in its turn
+                divided = value.shape == parameter.shape
+                value = shards.part_of(value.clone(), parameter) if divided else value.clone().to(parameter.device)
             optimizer.state[parameter][key] = value
     _restore_random_states(tensors, plain["random"])
     progress: dict[str, Any] = plain["progress"]

@@ -47,6 +47,7 @@ def evaluate(model: nn.Module, batches: Sequence[Batch], ranks: Ranks = ALONE) -
         batches: of all ranks, each of which runs its part.
     """
     found = torch.stack(totals(model, ranks.mine(batches))).to(ranks.device)
+    totals(model, ranks.idle(batches))
     ranks.sum([found])
     count = sum(targets(batch).numel() for batch in batches)
     kind = "accuracy" if "labels" in batches[0] else "token_accuracy"

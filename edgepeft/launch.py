@@ -55,7 +55,7 @@ def usable(hardware: Hardware, devices: int) -> Hardware:
     if hardware.kind == "cuda" and devices > (there := torch.cuda.device_count()):
         raise UsageError(
             f"This machine has {there} CUDA device{'s' * (there != 1)}, not {devices}.",
-            "Each of them holds a copy of the model.",
+            "Each of them takes part in every update.",
             f"Use --gpus {there}.",
         )
     return hardware

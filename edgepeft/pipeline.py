@@ -12,7 +12,22 @@ from typing import Any
 
 import torch
 
-from edgepeft import adapter, backbone, bring, counts, data, deploy, ledger, machine, plan, probe, report, schedule
+from edgepeft import (
+    adapter,
+    backbone,
+    bring,
+    counts,
+    data,
+    deploy,
+    ledger,
+    machine,
+    plan,
+    precision,
+    probe,
+    report,
+    schedule,
+    shards,
+)
 from edgepeft import merge as merging
 from edgepeft import recipe as recipes
 from edgepeft import train as training
@@ -137,6 +152,7 @@ class _Job:
             microbatch=size,
             checkpointing=chosen.checkpointing,
             optimizer=chosen.optimizer,
+            strategy=chosen.strategy or None,
         )
         exact = self._plan(self.recipe, size, accumulates=size != share).chosen()
         predicted = {
@@ -179,13 +195,18 @@ class _Job:
     def fit(self, ranks: Ranks) -> None:
         """Train, or go on training, and record how good the backbone was and the adapter is."""
         method = base.create(self._needs("method"), self.recipe.options)
-        plain = self._load(self._needs("precision"))
-        self._measure_base(plain, ranks)
-        if method.packs_its_own:
+        self.device = "cpu" if ranks.sharded else self.device  # from where each device gets its part
+        measured = self._has_measured_base()
+        plain = self._load(self._needs("precision"), method.pack if measured else None)
+        if not measured:
+            shards.divide(plain, ranks)
+            self._measure_base(plain, ranks)
+        if not measured and (method.packs_its_own or ranks.sharded):
             del plain
             plain = self._load(self._needs("precision"), method.pack)
         torch.manual_seed(self.recipe.seed)
-        base.apply(method, plain)
+        with precision.emulating(bf16=self.hardware.bf16) if ranks.sharded else contextlib.nullcontext():
+            base.apply(method, plain)  # for where it will be
         trainable = sum(parameter.numel() for parameter in adapter.trained(plain.model).values())
         first, *others = method.stages()
         does = "measured" if first.measures else "trained"
@@ -195,26 +216,23 @@ class _Job:
         with ample() if self._planned().get("ample") else contextlib.nullcontext():
             done = training.train(self.recipe, plain, method, self.data, self.space.root, start=start, ranks=ranks)
         if ranks.first:
-            row = Row(
-                artefact="adapter",
-                metrics=done.metrics,
-                bytes=size_bytes(self.space.adapter),
-                counts=counts.training(done.stages),
-                stages=done.stages,
-            )
+            size, found = size_bytes(self.space.adapter), counts.training(done.stages)
+            row = Row(artefact="adapter", metrics=done.metrics, bytes=size, counts=found, stages=done.stages)
             ledger.record(self.space.ledger, row)
             self.questions.note(self.space.answers, tuned=done.answers)
         self.say(f"train: {_shown(done.metrics)}")
         del plain
         gc.collect()
 
+    def _has_measured_base(self) -> bool:
+        return ledger.find(self.space.ledger, "base") is not None
+
     def _measure_base(self, plain: Backbone, ranks: Ranks = ALONE) -> None:
-        if ledger.find(self.space.ledger, "base") is None:
-            self.say("base: measuring the model as it is")
-            found, answers = self._judged(plain.model, ranks)
-            if ranks.first:
-                self.questions.note(self.space.answers, base=answers)
-                ledger.record(self.space.ledger, Row(artefact="base", metrics=found, kept=False))
+        self.say("base: measuring the model as it is")
+        found, answers = self._judged(plain.model, ranks)
+        if ranks.first:
+            self.questions.note(self.space.answers, base=answers)
+            ledger.record(self.space.ledger, Row(artefact="base", metrics=found, kept=False))
 
     def _measure_brought(self) -> None:
         """Backbone and adapter, where the adapter was trained elsewhere."""
@@ -223,7 +241,8 @@ class _Job:
             self.say(note)
         # First: an adapter that does not belong to the model is refused before work begins.
         found, answers = self._judged(self._trained(self._needs("precision")).model)
-        self._measure_base(self._load(self._needs("precision")))
+        if not self._has_measured_base():
+            self._measure_base(self._load(self._needs("precision")))
         self.questions.note(self.space.answers, tuned=answers)
         ledger.record(self.space.ledger, Row(artefact="adapter", metrics=found, bytes=size_bytes(self.space.adapter)))
         self.say(f"adapter: trained elsewhere; {_shown(found)}")
@@ -337,7 +356,7 @@ class _Job:
             accumulates=accumulates,
             first=True,
             devices=recipe.devices,
-            sharded=False,
+            strategy=recipe.strategy,
             whole=self.until != "train",
         )
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgepeft import aside, evidence, roofline, sharding, traces
 from edgepeft import candidate as on_device
-from edgepeft.candidate import DDP, FSDP, Candidate, needed_bytes
+from edgepeft.candidate import Candidate, needed_bytes
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.hardware import Hardware
 from edgepeft.recipe import PRECISIONS
-from edgepeft.surface import ADAMW, AFTERWARDS, EIGHT_BIT, Configuration, Surface
+from edgepeft.surface import ADAMW, AFTERWARDS, DDP, EIGHT_BIT, FSDP, Configuration, Surface
 
 GiB = 2**30
 COMFORTABLE = 4  # examples: below this a configuration is chosen only when nothing else fits
@@ -25,10 +25,7 @@ TIMES = (
     "evaluation, checkpoints and reading data are not in them. The survey's methods they put in order with a rank "
     "correlation of 0.72 on T5-large and 0.83 on T5-3B (benchmarks/results/time.md)."
 )
-APART = (
-    "Sending between devices is counted at the rate of the profile's interconnect, that of devices in one machine. "
-    "`edgepeft run` does DDP and not FSDP."
-)
+APART = "Sending between devices is counted at the rate of the profile's interconnect, that of devices in one machine."
 PACKED = ("int8", "nf4")
 
 # What is planned when no method is named, safest first. On T5-large, 3B and 11B of the survey (arXiv 2303.15647v2,
@@ -144,7 +141,7 @@ def plan(
     examples: int | None = None,
     epochs: float = 1.0,
     devices: int = 1,
-    sharded: bool = True,
+    strategy: str | None = None,
     whole: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
@@ -163,7 +160,7 @@ def plan(
             at a time) or speed (the shortest update, as estimated).
         examples: of the training data, seen ``epochs`` times: how many updates the job has.
         devices: how many of the hardware share a global batch, which is a multiple of it.
-        sharded: whether FSDP is planned beside DDP, in which every device holds all; ``edgepeft run`` does DDP alone.
+        strategy: one of ``surface.STRATEGIES``; both are planned when not given.
         whole: whether the model is merged and exported on the hardware too; a CPU's plan then counts it.
         progress: called with how many configurations are traced, of how many.
     """
@@ -225,8 +222,8 @@ def plan(
                 else:
                     size = share if traces.traits(configuration.method).updates_in_backward else microbatch
                     candidates.extend(
-                        on_device.of(configuration, surface, hardware, size, share, devices, strategy, whole)
-                        for strategy, surface in _shared(configuration, traced, devices, sharded)
+                        on_device.of(configuration, surface, hardware, size, share, devices, how, whole)
+                        for how, surface in _shared(configuration, traced, devices, strategy)
                     )
             settled = {each.method for each in candidates if _comfortable(each, microbatch or share)}
             if first and settled:
@@ -245,7 +242,7 @@ def plan(
         from edgepeft.methods import base
 
         for method in methods or ():
-            base.create(method, options[0]).check_devices(devices)
+            base.create(method, options[0]).check_devices(devices, strategy)
     for method in {each.method for each in candidates}:  # refused on other precisions only
         excluded.pop(method, None)
     candidates.sort(key=lambda candidate: _rank(candidate, microbatch or share, hardware, objective))
@@ -289,15 +286,20 @@ def default_precisions(hardware: Hardware) -> list[str]:
     return ["bf16" if hardware.bf16 else "fp32", *PACKED]
 
 
-def _shared(configuration: Configuration, traced: Surface, devices: int, sharded: bool) -> list[tuple[str, Surface]]:
+def _shared(
+    configuration: Configuration, traced: Surface, devices: int, strategy: str | None
+) -> Iterator[tuple[str, Surface]]:
     """The surface of one of several devices, by the way in which they share the work."""
     if devices == 1:
-        return [("", traced)]
-    ways = [(DDP, sharding.replicated(traced, devices))]
-    if not sharded:
-        return ways
-    found = sharding.inventory(traces.units(configuration), devices)
-    return [*ways, (FSDP, sharding.sharded(traced, found))] if found.divisible else ways
+        yield "", traced
+        return
+    if strategy in (None, DDP):
+        yield DDP, sharding.replicated(traced, devices)
+    shardable = traces.traits(configuration.method).shardable and configuration.optimizer == ADAMW
+    if strategy in (None, FSDP) and shardable:
+        found = sharding.inventory(traces.units(configuration), devices)
+        if found.divisible:
+            yield FSDP, sharding.sharded(traced, found)
 
 
 def _rank(candidate: Candidate, wanted: int, hardware: Hardware, objective: str) -> tuple[Any, ...]:

@@ -82,7 +82,6 @@ def plan(
 
     from edgepeft import alternatives, hardware, planning, tables
     from edgepeft import recipe as recipes
-    from edgepeft.candidate import FSDP
 
     asked: dict[str, Any] = {
         "task": task,
@@ -114,12 +113,6 @@ def plan(
         print(tables.markdown(found))
     elif not as_json:
         tables.plan(found)
-    again, divided = partial(planned, device), found
-    if recipe is not None and found.choice is not None and found.chosen().strategy == FSDP:
-        again = partial(again, sharded=False)
-        found = again()
-        if found.choice is not None:
-            tables.say(f"The recipe is for what `edgepeft run` does, which is DDP: {found.why}")
     if recipe is not None and found.choice is not None:
         named = hardware.AUTO if gpu is None else gpu
         counts = (seq_len, target_len, global_batch, epochs)
@@ -128,18 +121,15 @@ def plan(
     ways: tuple[alternatives.Alternative, ...] = ()
     if found.choice is None:
         fact, cause, _ = found.nothing_fits()
-        short = "Nothing fits."
-        if divided.choice is not None:
-            short, cause = "None of it can be run.", fact
-            fact = f"{model} fits {found.machine} by FSDP only, which `edgepeft run` does not do."
-        tables.say(f"{short} Looking for what would ...")
+        tables.say("Nothing fits. Looking for what would ...")
         tokens = seq_len or planning.DEFAULT_TOKENS
         batch = global_batch or planning.DEFAULT_GLOBAL_BATCH
+        again = partial(planned, device)
         ways = alternatives.find(found, again, tokens=tokens, global_batch=batch, method=method, precision=precision)
         if not as_json:
             raise EdgePeftError(fact, cause, alternatives.remedy(ways))
     if as_json:
-        _print_json({**divided.as_json(), "alternatives": [asdict(way) for way in ways]})
+        _print_json({**found.as_json(), "alternatives": [asdict(way) for way in ways]})
         if found.choice is None:
             raise typer.Exit(1)
 

@@ -43,7 +43,6 @@ def plan_model(
     examples: int | None = None,
     epochs: float | None = None,
     devices: int = 1,
-    sharded: bool = True,
     whole: bool = True,
     first: bool = False,
     progress: Callable[[int, int], None],
@@ -59,7 +58,7 @@ def plan_model(
             one that fits well; those of ``plan.PREFERRED``, in all precisions, when not given.
         settings: ``options.NAME=VALUE`` of the method; values of one that is named again are all tried.
         optimizer: AdamW when not given, and AdamW in 8 bits where nothing else fits well.
-        devices: how many of the device share the work; ``sharded``: whether by FSDP too.
+        devices: how many of the device share the work.
         whole: whether the model is merged and exported there too.
         first: stop at the first candidate that fits comfortably.
         examples: of the training data; how long the job takes is estimated when it is given.
@@ -103,7 +102,6 @@ def plan_model(
         examples=examples,
         epochs=epochs or DEFAULT_EPOCHS,
         devices=devices,
-        sharded=sharded,
         whole=whole,
         first=first,
         sparing=method == ALL,
@@ -165,6 +163,7 @@ def recipe(
         "data": data,
         "hardware": str(Path(hardware).resolve()) if hardware.endswith(".toml") else hardware,
         "devices": found.devices,
+        "strategy": chosen.strategy or None,
         "method": chosen.method,
         "precision": chosen.precision,
         "checkpointing": chosen.checkpointing,

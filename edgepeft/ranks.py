@@ -1,4 +1,4 @@
-"""Processes that train one model together, each with a whole copy of it on a device of its own (data parallelism)."""
+"""Processes that train one model together, each on its own part of the data and on a device of its own."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ class Ranks:
     """One of ``count`` processes, number ``rank`` from 0.
 
     What sends must be called by all of them, in the same order. Alone, nothing is sent.
+
+    Attributes:
+        sharded: whether each holds a part of the model (FSDP, ``shards``), and not a copy of it (DDP).
     """
 
     rank: int = 0
     count: int = 1
     device: torch.device = torch.device("cpu")
+    sharded: bool = False
 
     @property
     def first(self) -> bool:
@@ -44,6 +48,11 @@ class Ranks:
         first, end = (-(-len(items) * rank // self.count) for rank in (self.rank, self.rank + 1))
         return items[first:end]
 
+    def idle(self, items: Sequence[Item]) -> Sequence[Item]:
+        """What this rank runs beside ``mine``, for nothing: where the model is sharded, all take part in each pass."""
+        most = -(-len(items) // self.count) if self.sharded else 0
+        return [items[0]] * (most - len(self.mine(items)))
+
     @torch.no_grad()
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by the sum of all ranks' in place: nothing as large as all of them together is made."""
@@ -53,8 +62,11 @@ class Ranks:
                     dist.all_reduce(whole)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum the gradients. Where only other ranks have one it is taken to be zero; where none has, none is made."""
-        if self.count > 1:
+        """Sum the gradients. Where only other ranks have one it is taken to be zero; where none has, none is made.
+
+        Those of a sharded model are summed in its backward pass.
+        """
+        if self.count > 1 and not self.sharded:
             there = self.largest([parameter.grad is not None for parameter in parameters])
             reached = [parameter for parameter, is_there in zip(parameters, there, strict=True) if is_there]
             for parameter in reached:
@@ -102,7 +114,7 @@ ALONE = Ranks()
 
 
 @contextlib.contextmanager
-def joined(rank: int, count: int, kind: str, meeting: Path) -> Iterator[Ranks]:
+def joined(rank: int, count: int, kind: str, meeting: Path, *, sharded: bool = False) -> Iterator[Ranks]:
     """Meet the other ranks: over NCCL on ``cuda``, each on the device of its number, else over gloo.
 
     Args:
@@ -119,7 +131,7 @@ def joined(rank: int, count: int, kind: str, meeting: Path) -> Iterator[Ranks]:
         world_size=count,
         timeout=PATIENCE,
     )
-    yield Ranks(rank, count, device)
+    yield Ranks(rank, count, device, sharded)
     dist.destroy_process_group()  # after an error the others may never come: then the process just ends
 
 

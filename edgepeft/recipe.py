@@ -15,7 +15,7 @@ from typing import Any
 
 from edgepeft.errors import UsageError, nearest
 from edgepeft.files import write_text
-from edgepeft.surface import ADAMW, EIGHT_BIT, OPTIMIZERS
+from edgepeft.surface import ADAMW, DDP, EIGHT_BIT, OPTIMIZERS, STRATEGIES
 
 PRECISIONS = ("fp32", "bf16", "int8", "nf4")
 VARIANTS = ("fp32", "int8", "int4")  # ONNX precisions
@@ -51,7 +51,9 @@ class Recipe:
     hardware: str = "auto"
     """A profile, a file with one, or auto for this machine."""
     devices: int = 1
-    """How many of it share every update, each with a copy of the model: GPUs of this machine, or processes of a CPU."""
+    """How many of it share every update: GPUs of this machine, or processes of a CPU."""
+    strategy: str | None = None
+    """ddp, where each of several devices has a copy of the model, or fsdp, where each has a part of it."""
     method: str | None = None
     """A method's name, or the dotted path of one of your own."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -98,7 +100,7 @@ class Recipe:
         """What a plan chose, in words."""
         again = ", checkpointed" if self.checkpointing else ""
         again += f", {EIGHT_BIT}" if self.optimizer == EIGHT_BIT else ""
-        again += f", on {self.devices} devices" if self.devices > 1 else ""
+        again += f", on {self.devices} devices by {(self.strategy or DDP).upper()}" if self.devices > 1 else ""
         return f"{self.method} on {self.precision}, microbatch {self.microbatch}{again}"
 
     def __post_init__(self) -> None:
@@ -116,6 +118,12 @@ class Recipe:
             if value is not None and value <= 0:
                 raise UsageError(f"recipe: {name} = {value} must be positive.", "", "")
         check_shared(self.global_batch, self.devices)
+        if self.strategy is not None and self.devices == 1:
+            raise UsageError(
+                f"recipe: strategy = {self.strategy!r} says nothing of one device.",
+                "It is how several share a model.",
+                "Add --set devices=2, or leave it out.",
+            )
         for name in ("seed", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UsageError(f"recipe: {name} = {getattr(self, name)} must not be negative.", "", "")
@@ -125,6 +133,7 @@ class Recipe:
             (self.schedule, ("cosine", "linear")),
             (self.optimizer or ADAMW, OPTIMIZERS),
             (self.precision or PRECISIONS[0], PRECISIONS),
+            (self.strategy or DDP, STRATEGIES),
             *((variant, VARIANTS) for variant in self.variants),
         ):
             if value not in known:

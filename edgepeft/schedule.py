@@ -17,7 +17,7 @@ def check(recipe: Recipe, method: Method) -> None:
     Raises:
         UsageError: see above.
     """
-    method.check_devices(recipe.devices)
+    method.check_devices(recipe.devices, recipe.strategy)
     if recipe.precision is not None:
         method.check(recipe.precision)
     if recipe.checkpointing:

@@ -126,16 +126,19 @@ class TrainingStep:
         divisor = 1 if self.summed else count
         device = self.trained[0].device
         total = torch.zeros((), device=device)
-        for batch in self.ranks.mine(microbatches):
+        mine = self.ranks.mine(microbatches)
+        for number, batch in enumerate([*mine, *self.ranks.idle(microbatches)]):
             batch = {name: value.to(device) for name, value in batch.items()}
             found = outputs(self.model, batch)
             loss = loss_of(self.model, batch, found) / divisor
-            total += loss.detach() if divisor == count else loss.detach() / count
+            counts = number < len(mine)
+            if counts:
+                total += loss.detach() if divisor == count else loss.detach() / count
             extra = self.penalty(self.model, batch, found)
             del found  # backward frees what it has used only if nothing else holds it
             if extra is not None:
                 loss = loss + extra * (targets(batch).numel() / count)
-            self.run_backward(loss)
+            self.run_backward(loss if counts else 0 * loss)
         self.ranks.sum_gradients(self.trained)
         self.ranks.sum([total])
         return total

@@ -23,6 +23,10 @@ ADAMW, EIGHT_BIT = OPTIMIZERS = ("adamw", "adamw-8bit")
 """AdamW with states in fp32 (of bf16 weights in bf16), and with states in 8 bits (``placements.eight_bit``)."""
 
 
+DDP, FSDP = STRATEGIES = ("ddp", "fsdp")
+"""How several devices share the work: each holds all of the model, or a part (``shards``)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
     """Everything that decides how much memory a training step takes.

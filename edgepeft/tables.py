@@ -124,6 +124,7 @@ def method(each: Mapping[str, Any]) -> None:
         f"{each['name']} ({each['kind']}): {each['summary']}",
         each["paper"],
         f"It saves {', '.join(each['saves']) or 'nothing'}; {merges}.",
+        f"Several GPUs train it by {' or '.join(map(str.upper, each['strategies'])) or 'no strategy there is'}.",
         *(f"{alias} is {each['name']} on {at}." for alias, at in each["aliases"].items()),
     )
     for line in lines:

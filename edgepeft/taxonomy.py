@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from edgepeft.errors import UsageError
 from edgepeft.methods import base
+from edgepeft.surface import DDP, FSDP
 
 
 def describe(method: type[base.Method]) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def describe(method: type[base.Method]) -> dict[str, Any]:
         "kind": method.kind,
         "merges": method.merges,
         "saves": [*method.saves, *([] if method.backpropagates else ["backpropagation"])],
+        "strategies": [] if method.updates_in_backward else [DDP, *([FSDP] if method.shardable else [])],
         "overhead": method.overhead,
         "paper": str(method.paper),
         "summary": inspect.cleandoc(method.__doc__ or "").splitlines()[0],

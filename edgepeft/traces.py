@@ -42,6 +42,7 @@ class Traits:
     writes_backbone: bool
     backpropagates: bool
     updates_in_backward: bool
+    shardable: bool
     unexportable: str = ""
 
 
@@ -66,6 +67,7 @@ def traits_of(method: Any) -> Traits:
         writes_backbone=method.writes_backbone,
         backpropagates=method.backpropagates,
         updates_in_backward=method.updates_in_backward,
+        shardable=method.shardable,
         unexportable=method.unexportable,
     )
 

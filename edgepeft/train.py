@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from edgepeft import adapter, checkpoint, events
+from edgepeft import adapter, checkpoint, events, shards
 from edgepeft.answers import Questions
 from edgepeft.backbone import Backbone
 from edgepeft.data import Data
@@ -96,7 +96,7 @@ def train(
 
     Args:
         start: details for the log's first event, such as the predicted peak.
-        ranks: who trains it together, each with a copy of the model; only the first writes anything.
+        ranks: who trains it together, each with a copy of the model or, if sharded, with a part; the first writes.
 
     Raises:
         EdgePeftError: the loss is not finite, gradients do not reach what is trained, or a checkpoint is damaged.
@@ -110,6 +110,8 @@ class _Run:
         check(recipe, method)
         self.recipe, self.method, self.data, self.out, self.ranks = recipe, method, data, out, ranks
         self.backbone, self.model = backbone, backbone.model
+        self._begin_alike()
+        shards.divide(backbone, ranks)
         self.device = next(self.model.parameters()).device
         self.accelerator = Accelerator(
             cpu=self.device.type == "cpu",
@@ -181,12 +183,12 @@ class _Run:
                 ended = self.progress.step == self.legs[self.leg].last
                 if evaluated := self._is_evaluated():
                     self._evaluate(log)
-                (stopping,) = self.ranks.largest([self.interrupted])
-                due = evaluated or ended or stopping or time.monotonic() - saved > CHECKPOINT_SECONDS
-                if due and self.ranks.first:
+                late = time.monotonic() - saved > CHECKPOINT_SECONDS
+                stopping, late = map(bool, self.ranks.largest([self.interrupted, late]))
+                if evaluated or ended or stopping or late:
                     with self._watched_once("checkpoint"):
-                        state = dict(vars(self.progress))
-                        checkpoint.save(self.out / "checkpoints", self.model, self.step.optimizer, state)
+                        where, state = self.out / "checkpoints", dict(vars(self.progress))
+                        checkpoint.save(where, self.model, self.step.optimizer, state, self.ranks)
                     log.write("checkpoint", self.progress.step)
                     saved = time.monotonic()
                 if stopping:
@@ -222,8 +224,7 @@ class _Run:
                 yield order[first : first + accumulation]
 
     def _step_of_leg(self) -> TrainingStep:
-        """The training step of the current leg, whose stage has begun: from the same numbers on all ranks."""
-        self.ranks.share(base.state(self.model, transient=True).values())
+        """The training step of the current leg, whose stage has begun."""
         stage = self.legs[self.leg].stage
         clips = not (stage.measures or self.method.updates_in_backward)
         return TrainingStep(
@@ -237,9 +238,14 @@ class _Run:
             summed=stage.one_by_one,
         )
 
+    def _begin_alike(self) -> None:
+        """Let what a stage begins with be the same numbers on all ranks."""
+        self.ranks.share(base.state(self.model, transient=True).values())
+
     def _next_leg(self) -> None:
         self.leg += 1
         base.begin(self.method, self.backbone, self.leg)
+        self._begin_alike()
         self.model.train()
         self.step = self._step_of_leg()
 
@@ -294,10 +300,14 @@ class _Run:
             loss = self._finite(float(self.step.backward(microbatches, lr)), "loss", step)
         if step == leg.first and not self.method.updates_in_backward:
             _check_gradients(self.model)
-        with phase("update"):
+        with phase("update"), self._rounding_apart(step):
             norm = self.step.update((step - leg.first + 1) / (leg.last - leg.first + 1))
         watched.update(zip(watched, self.ranks.largest([*watched.values()]), strict=True))
-        return loss, None if norm is None else self._finite(float(norm), "gradient's norm", step)
+        return loss, None if norm is None else self._finite(float(shards.whole(norm)), "gradient's norm", step)
+
+    def _rounding_apart(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Of parts, ranks draw other numbers, and not as many."""
+        return self.ranks.drawing_apart(self.recipe.seed, step, 1) if self.ranks.sharded else contextlib.nullcontext()
 
     def _watched_once(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Measure a phase, unless it was measured before: all its repetitions hold the same."""
@@ -327,15 +337,16 @@ class _Run:
         with self._watched_once("evaluation"):
             metrics = evaluate(self.model, validation_batches(self.data, self.recipe), self.ranks)
             answers = self.questions.answered(self.model)
-        (self.progress.phases["evaluation"],) = self.ranks.largest([self.progress.phases["evaluation"]])
+        shards.settle(self.model)
+        phases = self.progress.phases
+        phases.update(zip(phases, self.ranks.largest([*phases.values()]), strict=True))
         self._finite(metrics["loss"], "validation loss", self.progress.step)
         leg = self.legs[self.leg]
         progress = (self.progress.step - leg.first + 1) / (leg.last - leg.first + 1)
         last = leg.last == self.total and self.method.is_final(progress)  # an adapter is what the last stage trains
         best = last and better(self.backbone.task, metrics, self.progress.best)
         if best:
-            if self.ranks.first:
-                adapter.save(self.out / "checkpoints" / "best", self.model, self.card)
+            adapter.save(self.out / "checkpoints" / "best", self.model, self.card, self.ranks)
             self.progress.best, self.progress.best_step, self.progress.waited = metrics, self.progress.step, 0
             self.progress.answers = answers
         elif last:
@@ -348,8 +359,7 @@ class _Run:
         adapter.load(self.out / "checkpoints" / "best", self.model)
         while self.leg < len(self.legs) - 1:  # a last stage without updates
             self._next_leg()
-        if self.ranks.first:
-            adapter.save(self.out / "adapter", self.model, self.card)
+        adapter.save(self.out / "adapter", self.model, self.card, self.ranks)
         self.model.eval()
         assert self.progress.best is not None
         stages = [{**s, "tokens_per_second": s["tokens"] / max(s["seconds"], 1e-9)} for s in self.progress.stages]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, MutableMapping
 import torch
 from torch import nn
 
+from edgepeft import shards
 from edgepeft.trace import Tracker
 
 
@@ -18,13 +19,17 @@ def peak(
     """Note in ``phases`` the most bytes of tensors that were held inside, if it is more than was noted before.
 
     On CUDA the allocator counts; elsewhere every operator is followed, which costs time, so that a phase which is
-    repeated is watched a few times only. Threads other than this one are not seen there.
+    repeated is watched a few times only. Threads other than this one are not seen there, nor is a sharded model, whose
+    storages are emptied and filled again.
     """
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield
         found = torch.cuda.max_memory_allocated(device)
+    elif shards.is_divided(model):
+        yield
+        return
     else:
         tracker = Tracker(cuda=False)
         tracker.label([*model.parameters(), *model.buffers()], "weights")

@@ -33,12 +33,13 @@ def _work(parent: Connection) -> None:
     from edgepeft import launch, pipeline
     from edgepeft.errors import EdgePeftError
     from edgepeft.ranks import joined
+    from edgepeft.surface import FSDP
 
     part: launch.Part = parent.recv()
     threading.Thread(target=_end_with, args=[parent], daemon=True).start()
     count = part.recipe.devices
     try:
-        with joined(part.rank, count, part.kind, part.meeting) as ranks:
+        with joined(part.rank, count, part.kind, part.meeting, sharded=part.recipe.strategy == FSDP) as ranks:
             pipeline.fit(part.recipe, part.out, ranks, parent.send)
     except EdgePeftError as error:
         parent.send(error)

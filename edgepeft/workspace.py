@@ -128,8 +128,10 @@ class Workspace:
             return wanted
         stored = self.stored()
         asked = {entry.name: getattr(wanted, entry.name) for entry in dataclasses.fields(Recipe)}
-        chosen = ("task", "max_tokens", "method", "precision", "microbatch", "checkpointing", "optimizer")
+        chosen = ("task", "max_tokens", "method", "precision", "microbatch", "checkpointing", "optimizer", "strategy")
         asked |= {name: getattr(stored, name) for name in chosen if asked[name] is None}
+        if wanted.devices == 1:  # then there is none, whatever was stored; that they differ is said below
+            asked["strategy"] = wanted.strategy
         merged = Recipe(**asked)
         open_ = {*_FREE, *(name for name in chosen if getattr(stored, name) is None)}
         differing = [name for name in asked if name not in open_ and getattr(stored, name) != getattr(merged, name)]
@@ -155,10 +157,6 @@ class Workspace:
         fields = {
             entry.name: getattr(recipe, entry.name) for entry in dataclasses.fields(Recipe) if entry.name not in _FREE
         }
-        if fields["optimizer"] is None:  # of a run that began before there was a choice
-            del fields["optimizer"]
-        if fields["devices"] == 1:  # likewise
-            del fields["devices"]
         sources = [
             Path(name) for name in (recipe.data, recipe.validation, recipe.model) if name and Path(name).exists()
         ]

@@ -110,17 +110,18 @@ def test_values_of_an_option_that_is_named_again_are_all_tried(tiny: Path, tmp_p
         plan(*asked, "--set", "options.rank=0")
 
 
-def test_no_recipe_is_written_where_only_fsdp_fits(tmp_path: Path) -> None:
+def test_what_fits_by_fsdp_alone_is_written_so(tmp_path: Path) -> None:
     """Full tuning of 2.1 thousand million parameters in fp32 on GPUs of 16 GB."""
     shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 16}
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | shape))
     written = tmp_path / "recipe.toml"
     asked = ["--gpu", "t4-16gb", "--method", "full", "--precision", "fp32", "--recipe", str(written)]
-    with pytest.raises(EdgePeftError, match="fits 4 x t4-16gb by FSDP only, which") as caught:
-        plan("--model", str(tmp_path), "--gpus", "4", *asked)
-    assert "does not fit 4 x t4-16gb with full" in caught.value.cause
-    assert "--method lora --precision nf4" in caught.value.remedy
-    assert caught.value.exit_code == 1 and not written.exists()
+    assert "FSDP2 divides" in plan("--model", str(tmp_path), "--gpus", "4", *asked).stdout
+    chosen = recipe.create(recipe.read(written))
+    assert (chosen.devices, chosen.strategy) == (4, "fsdp")
+    with pytest.raises(EdgePeftError, match="does not fit") as caught:
+        plan("--model", str(tmp_path), *asked)
+    assert "by FSDP with full on fp32" in caught.value.remedy
 
 
 def test_hours_follow_from_the_data_and_the_time_of_an_update(tiny: Path) -> None:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgepeft import extrapolate, hardware, largest, precision, probe, sharding, units
 from edgepeft.backbone import Backbone
+from edgepeft.errors import UsageError
 from edgepeft.methods import base
 from edgepeft.step import TrainingStep
 from edgepeft.surface import Configuration
@@ -129,10 +130,13 @@ def test_several_devices_share_a_global_batch_in_two_ways() -> None:
     assert ddp.bytes == alone.bytes and fsdp.bytes["weights"] < alone.bytes["weights"]
     assert ddp.update_seconds is not None and alone.update_seconds is not None
     assert ddp.update_seconds < alone.update_seconds  # a quarter of the microbatches, and the same update
-    assert "`edgepeft run` does DDP" in four.times and "`edgepeft run`" not in one.times
+    assert "interconnect" in four.times and "interconnect" not in one.times
     assert four.updates == 10 and four.as_json()["devices"] == 4
-    alike = small_plan(**values, devices=4, sharded=False)
-    assert alike.candidates == (ddp,)
+    assert small_plan(**values, devices=4, strategy="ddp").candidates == (ddp,)
+    assert small_plan(**values, devices=4, strategy="fsdp").candidates == (fsdp,)
+    assert {each.strategy for each in small_plan(**values, methods=["adalora"], devices=4).candidates} == {"ddp"}
+    with pytest.raises(UsageError, match="adalora cannot be trained by FSDP"):
+        small_plan(**values, methods=["adalora"], devices=4, strategy="fsdp")
     slow = small_plan(**values | {"hardware": replace(a100, interconnect=1e8)}, devices=4)
     later_ddp, later_fsdp = sorted(slow.candidates, key=lambda each: each.strategy)
     gathered, added = (4 - 1) / 4 * 2 * fsdp.bytes["weights"], 2 * (4 - 1) / 4 * ddp.bytes["gradients"]

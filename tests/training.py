@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from edgepeft import backbone, data, events, ranks, recipe
+from edgepeft import backbone, data, events, ranks, recipe, shards
 from edgepeft import train as training
 from edgepeft.adapter import TENSORS
 from edgepeft.backbone import Backbone
@@ -141,12 +141,12 @@ def _rank(
     chosen: Recipe, out: Path, rank: int, count: int, meeting: Path, on_forward: Callable[[int], None] | None
 ) -> None:
     torch.set_num_threads(1)
-    with ranks.joined(rank, count, "cpu", meeting) as ours:
+    with ranks.joined(rank, count, "cpu", meeting, sharded=chosen.strategy == "fsdp") as ours:
         made, method, read = prepared(chosen, out.parent / "cache")
         if on_forward is not None and rank == count - 1:
             _hear(made, on_forward)
         training.train(chosen, made, method, read, out, start={}, ranks=ours)
-    held = {name: tensor.detach().clone() for name, tensor in base.state(made.model).items()}
+        held = {name: shards.whole(tensor.detach()).clone() for name, tensor in base.state(made.model).items()}
     save_file(held, out.parent / f"rank-{rank}.safetensors")
 
 

@@ -55,6 +55,7 @@ def _section(each: dict[str, Any]) -> str:
             f"*{paper.title}* ({paper.year}), {where}.\n",
             inspect.cleandoc(method.__doc__ or "") + "\n",
             *(f"{alias}\n" for alias in aliases),
+            f"Several GPUs: {', '.join(map(str.upper, each['strategies'])) or 'no'}.\n",
             "| option | default | |\n|---|---|---|",
             *rows,
             "",

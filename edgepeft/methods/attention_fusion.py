@@ -64,6 +64,7 @@ class AttentionFusion(Method):
         venue="Findings of NAACL 2022",
     )
     kind = "additive"
+    shardable = True
     merges = False
     obstacle = "How much of each layer is taken depends on the token."
     backpropagates = False

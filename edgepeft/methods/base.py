@@ -23,7 +23,7 @@ from edgepeft.peft_config import path_of
 from edgepeft.placements import projection, selection
 from edgepeft.precision import StoredLinear, is_packed, pack, store_frozen
 from edgepeft.stage import Stage, no_choice
-from edgepeft.surface import ADAMW, OPTIMIZERS
+from edgepeft.surface import ADAMW, FSDP, OPTIMIZERS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -63,6 +63,7 @@ class Method(ABC):
     writes_backbone: ClassVar[bool] = False  # needs weights that are not packed
     backpropagates: ClassVar[bool] = True  # through the backbone, so that checkpointing its activations saves memory
     updates_in_backward: ClassVar[bool] = False  # no gradient is left to accumulate or clip when backward ends
+    shardable: ClassVar[bool] = False  # each device may hold a part of each layer: nothing else reads what is trained
     aliases: ClassVar[Mapping[str, str]] = {}  # other names, each with the precision that it stands for
     learning_rate: ClassVar[float] = 1e-3  # where a search starts, as the paper or common practice has it
     identity_at_start: ClassVar[bool] = True  # before the first update the model computes what the backbone does
@@ -98,13 +99,23 @@ class Method(ABC):
         if kind != ADAMW and self.updates_in_backward:
             raise no_choice(self.name, kind)
 
-    def check_devices(self, devices: int) -> None:
-        """Refuse, before work starts, several devices that could not share what each of them learned."""
+    def check_devices(self, devices: int, strategy: str | None) -> None:
+        """Refuse, before work starts, several devices that could not share what each of them learned.
+
+        Args:
+            strategy: one of ``surface.STRATEGIES``, where one is chosen.
+        """
         if devices > 1 and self.updates_in_backward:
             raise UsageError(
                 f"{self.name} cannot be trained on {devices} devices.",
                 "It updates each layer inside backward, before the devices could add up their gradients.",
                 "Use one device, or another method: --method lora, --method full.",
+            )
+        if strategy == FSDP and not self.shardable:
+            raise UsageError(
+                f"{self.name} cannot be trained by FSDP.",
+                "It needs whole tensors, or what several layers share, where each device has its part of one layer.",
+                "Try --set strategy=ddp, or another method: --method lora, --method full.",
             )
 
     def check_checkpointing(self) -> None:

@@ -22,6 +22,7 @@ class BitFit(Method):
         "2106.10199",
     )
     kind = "selective"
+    shardable = True
     learning_rate = 1e-3
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:

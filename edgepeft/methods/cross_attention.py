@@ -20,6 +20,7 @@ class CrossAttentionTuning(Method):
         "Cross-Attention is All You Need: Adapting Pretrained Transformers for Machine Translation", 2021, "2104.08771"
     )
     kind = "selective"
+    shardable = True
     writes_backbone = True
     learning_rate = 5e-4
 

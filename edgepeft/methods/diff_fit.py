@@ -28,6 +28,7 @@ class DiffFit(Method):
         "2304.06648",
     )
     kind = "selective"
+    shardable = True
     learning_rate = 1e-3
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:

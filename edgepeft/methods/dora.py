@@ -54,6 +54,7 @@ class DoRA(Method):
 
     paper = Paper("DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, "2402.09353")
     kind = "reparametrised"
+    shardable = True
     learning_rate = 3e-4
 
     rank: int = 8

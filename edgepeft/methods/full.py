@@ -18,6 +18,7 @@ class Full(Method):
 
     paper = Paper("Universal Language Model Fine-tuning for Text Classification", 2018, "1801.06146")
     kind = "selective"
+    shardable = True
     saves = ()
     writes_backbone = True
     learning_rate = 5e-5

@@ -128,6 +128,7 @@ class GLoRA(Method):
 
     paper = Paper("One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning", 2023, "2306.07967")
     kind = "reparametrised"
+    shardable = True
     learning_rate = 5e-4
 
     rank: int = 4

@@ -22,6 +22,7 @@ class Houlsby(Method):
 
     paper = Paper("Parameter-Efficient Transfer Learning for NLP", 2019, "1902.00751")
     kind = "additive"
+    shardable = True
     merges = False
     obstacle = bottleneck.OBSTACLE
     identity_at_start = False

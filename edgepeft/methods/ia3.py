@@ -23,6 +23,7 @@ class IA3(Method):
         "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", 2022, "2205.05638"
     )
     kind = "additive"
+    shardable = True
     learning_rate = 3e-3
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:

@@ -36,6 +36,7 @@ class KronA(Method):
 
     paper = Paper("KronA: Parameter Efficient Tuning with Kronecker Adapter", 2022, "2212.10650")
     kind = "reparametrised"
+    shardable = True
     learning_rate = 2e-3
 
     rank: int = 0

@@ -20,6 +20,7 @@ class LNTuning(Method):
         "Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language Models", 2022, "2211.08682"
     )
     kind = "selective"
+    shardable = True
     learning_rate = 2e-3
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:

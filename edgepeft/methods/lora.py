@@ -48,6 +48,7 @@ class LoRA(Method):
 
     paper = Paper("LoRA: Low-Rank Adaptation of Large Language Models", 2021, "2106.09685")
     kind = "reparametrised"
+    shardable = True
     aliases = {"qlora": "nf4"}
     learning_rate = 5e-4
 

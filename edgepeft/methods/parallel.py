@@ -21,6 +21,7 @@ class Parallel(Method):
 
     paper = Paper("Towards a Unified View of Parameter-Efficient Transfer Learning", 2021, "2110.04366")
     kind = "additive"
+    shardable = True
     merges = False
     obstacle = bottleneck.OBSTACLE
     overhead = "a bottleneck beside each feed-forward"

@@ -22,6 +22,7 @@ class Pfeiffer(Method):
 
     paper = Paper("AdapterFusion: Non-Destructive Task Composition for Transfer Learning", 2020, "2005.00247")
     kind = "additive"
+    shardable = True
     merges = False
     obstacle = bottleneck.OBSTACLE
     identity_at_start = False

@@ -28,6 +28,7 @@ class PHMAdapter(Method):
         "2102.08597",
     )
     kind = "additive"
+    shardable = True
     merges = False
     obstacle = bottleneck.OBSTACLE
     overhead = "two bottlenecks in a layer"

@@ -19,6 +19,7 @@ class TopLayers(Method):
 
     paper = Paper("What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning", 2019, "1911.03090")
     kind = "selective"
+    shardable = True
     writes_backbone = True
     learning_rate = 5e-5
     narrow = {"layers": 1}

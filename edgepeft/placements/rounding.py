@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgepeft import shards
+
 CHUNK = 2**22  # numbers that are worked on at a time, so that what they take in fp32 is small beside the model
 _DROPPED = 0xFFFF  # the bits of an fp32 number that bf16 has no room for
 
@@ -46,9 +48,8 @@ class AdamW(torch.optim.Optimizer):
                 if not state:
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
                 state["step"] = step = int(state.get("step", 0)) + 1
-                for own, gradient, average, square in _parts(
-                    parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
-                ):
+                held = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                for own, gradient, average, square in _parts(*map(shards.own, held)):
                     gradient = gradient.float()
                     first = average.float().lerp_(gradient, 1 - beta1)
                     second = square.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

@@ -54,7 +54,8 @@ def peak_section(run: Run) -> Html:
     if predicted is None or not measured:
         so_far = [e["memory_bytes"] for e in run.events if e["event"] == "step" and e.get("memory_bytes") is not None]
         seen = f" The most that any step reported is {memory(max(so_far))}." if so_far else ""
-        missing = "measurement: training has not ended" if not measured else "prediction"
+        without = "what a sharded model holds is not followed on a CPU" if run.last("end") else "training has not ended"
+        missing = f"measurement: {without}" if not measured else "prediction"
         verdict = f"There is no {missing}.{seen}"
     else:
         error = (predicted - measured) / measured
