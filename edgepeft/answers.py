@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from edgepeft import foreign
+from edgepeft.chat import end_of_turn
 from edgepeft.files import write_json
+from edgepeft.runtime.text import StopStrings
 
 if TYPE_CHECKING:  # plans, which answer too, do not wait for the libraries of data
     from edgepeft.data import Data, Example
@@ -33,11 +35,14 @@ class Questions:
 
     Attributes:
         most: tokens of an answer: those of the longest reference, up to ``TOKENS``, as far as no example is longer.
+        ends, stop: tokens and texts that training closed answers with.
     """
 
     examples: Sequence[Example]
     most: int
     tokenizer: Any
+    ends: Collection[int] = ()
+    stop: Sequence[str] = ()
 
     @classmethod
     def of(cls, data: Data, count: int = ASKED) -> Questions:
@@ -49,23 +54,34 @@ class Questions:
         if data.task == "causal-lm":
             longest = max(len(example.prompt_ids) for example in examples)
             most = min(most, int(data.validation.lengths.max()) - longest)
-        return cls(examples, most, data.tokenizer)
+        return cls(examples, most, data.tokenizer, *_closed_by(data.tokenizer, data.template))
+
+    def ending(self, model: nn.Module) -> list[int]:
+        """Tokens that end an answer: those of training, and those of the model's own generation settings."""
+        return sorted({*self.ends, *stops(model)})
 
     def answered(self, model: Any) -> list[str]:
         """The answers of a model as text."""
-        ends = stops(model) if self.examples else []
+        ends = self.ending(model) if self.examples else []
         return self.texts([greedy(model, example.prompt_ids, self.most, ends) for example in self.examples])
 
     def texts(self, answers: Sequence[Sequence[int]]) -> list[str]:
-        """Tokens as text."""
-        return [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
+        """The tokens of answers as text, up to where a device stops."""
+        return [self._until_stop(text) for text in self._decoded(answers)]
+
+    def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        return [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in rows]
+
+    def _until_stop(self, text: str) -> str:
+        stops = StopStrings(self.stop)
+        return stops.push(text) + stops.flush()
 
     def note(self, path: Path, **answers: Sequence[str]) -> None:
         """Keep the answers of artefacts, beside the questions and what should have been answered, in a JSON file."""
         if not self.examples:
             return
         known = {
-            QUESTION: self.texts([example.prompt_ids for example in self.examples]),
+            QUESTION: self._decoded([example.prompt_ids for example in self.examples]),
             REFERENCE: [example.reference for example in self.examples],
         }
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -135,6 +151,14 @@ def _start(config: Any) -> int:
     """The token that a decoder begins with: of a T5 that names none, its padding."""
     named = getattr(config, "decoder_start_token_id", None)
     return int(config.pad_token_id if named is None else named)
+
+
+def _closed_by(tokenizer: Any, template: Mapping[str, Any]) -> tuple[list[int], list[str]]:
+    """The tokens, and the text that is not one token, with which training closes an answer."""
+    marker = end_of_turn(template).strip() if template["kind"] == "chat" else ""
+    tokens = tokenizer(marker, add_special_tokens=False)["input_ids"] if marker else []
+    single = tokens if len(tokens) == 1 else []
+    return [tokenizer.eos_token_id, *single], [marker] if marker and not single else []
 
 
 def stops(model: nn.Module) -> list[int]:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from edgepeft import ledger
-from edgepeft.answers import TOKENS, Questions, greedy, stops
+from edgepeft.answers import TOKENS, Questions, greedy
 from edgepeft.backbone import positions
 from edgepeft.data import Data
+from edgepeft.data.encode import closing
 from edgepeft.errors import EdgePeftError
 from edgepeft.evaluate import evaluate, sample_logits, validation_batches
 from edgepeft.export import genai, onnx, parity, quantize
@@ -71,6 +72,8 @@ def deploy(
         labels=data.labels or None,
         template=data.template,
         eos_token_ids=gate.stops,
+        stop=gate.questions.stop,
+        closing_token_ids=closing(data.tokenizer) if data.task == "causal-lm" else [],
         decoder_start_token_id=gate.start,
         max_tokens=gate.longest,
         name=recipe.model,
@@ -131,8 +134,8 @@ class _Gate:
         self.torch_batches: list[Batch] = validation_batches(data, replace(recipe, microbatch=size))
         self.batches = [{name: value.numpy() for name, value in batch.items()} for batch in self.torch_batches]
         self.start: int | None = model.config.decoder_start_token_id if data.task == "seq2seq" else None
-        self.stops = stops(model)
         self.questions = Questions.of(data, PROMPTS)
+        self.stops = self.questions.ending(model)
         self.answers: dict[str, list[str]] = {}
         self.longest = _longest(self.config, recipe)
         self.tuned = Row(artefact="tuned", metrics=evaluate(model, self.torch_batches))

@@ -192,6 +192,8 @@ def arguments(task: str, target: Path) -> dict[str, Any]:
         "labels": LABELS if task == "classification" else None,
         "template": CHAT if task == "causal-lm" else PLAIN,
         "eos_token_ids": [] if task == "classification" else [config.eos_token_id],
+        "stop": [],
+        "closing_token_ids": [],
         "decoder_start_token_id": config.decoder_start_token_id if task == "seq2seq" else None,
         "max_tokens": MAX_TOKENS,
         "name": f"tiny-{task}",

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
+import tiny
+from tiny_tokenizers import CHATML, byte_level
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
-from edgepeft import deploy, ledger
+from edgepeft import deploy, ledger, pipeline, recipe
+from edgepeft.data import load
 from edgepeft.ledger import Row
+from edgepeft.runtime.device import Device
 
 
 def row(variant: str, size: int, speed: float | None = None, ms: float = 1.0, kept: bool = True) -> Row:
@@ -39,3 +49,43 @@ def test_rows_of_artefacts_that_are_no_more_are_dropped(tmp_path: Path) -> None:
     ledger.record(path, Row(artefact="base"), row("int8", 3), row("fp32", 9))
     ledger.drop(path, {"onnx-int8", "onnx-int4"})
     assert [each.artefact for each in ledger.read(path)] == ["base", "onnx-fp32"]
+
+
+def _deployed(home: Path, tokens: PreTrainedTokenizerFast, rows: list[dict[str, Any]]) -> tuple[Device, list[int]]:
+    """The device folder of a short run, and the first prompt's tokens as training had them."""
+    changes = {"vocab_size": len(tokens), "eos_token_id": 7}  # the configuration's is not the tokenizer's
+    tiny.model("llama", **changes).save_pretrained(home / "model")
+    tokens.save_pretrained(home / "model")
+    (home / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    values = {"model": str(home / "model"), "data": str(home / "data.jsonl"), "method": "ia3", "precision": "fp32"}
+    chosen = recipe.create({**values, "microbatch": 2, "max_steps": 1, "variants": [], "max_tokens": 64})
+    pipeline.run(chosen, home / "run")
+    data = load(str(home / "data.jsonl"), validation=values["data"], tokenizer=tokens, cache=home / "c", max_tokens=64)
+    return Device.load(home / "run" / "device", threads=1), data.train.examples([0])[0].prompt_ids
+
+
+ROWS = [("the fox", " a dog"), ("a small board", " it runs"), ("Paris", " France"), ("the lazy dog", " jumps")]
+
+
+def test_a_device_reads_prompts_and_ends_answers_as_training_did(tmp_path: Path) -> None:
+    """A tokenizer that closes every text with eos, of which the model's configuration names another."""
+    tokens = byte_level()
+    closed = processors.TemplateProcessing(single="$A <|im_end|>", special_tokens=[("<|im_end|>", tokens.eos_token_id)])
+    tokens.backend_tokenizer.post_processor = closed
+    device, asked = _deployed(tmp_path, tokens, [{"prompt": p, "completion": c} for p, c in ROWS])
+    assert tokens(ROWS[0][0])["input_ids"] == [*asked, tokens.eos_token_id]
+    assert device.encode(ROWS[0][0]) == asked
+    assert set(device.manifest.eos_token_ids) == {7, tokens.eos_token_id}
+    assert device.manifest.stop is None
+
+
+def test_a_device_stops_at_the_marker_that_ends_a_turn(tmp_path: Path) -> None:
+    """One that is several tokens, as that of a base model that was given a chat template."""
+    tokens = byte_level(chat_template=CHATML.replace("<|im_end|>", "</turn>"))
+    turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": c.strip()}] for p, c in ROWS]
+    device, asked = _deployed(tmp_path, tokens, [{"messages": turn} for turn in turns])
+    assert device.encode(ROWS[0][0]) == asked
+    assert device.manifest.stop == ["</turn>"] and tokens.eos_token_id in device.manifest.eos_token_ids
+    letters = iter(tokens("yes</turn>yes", add_special_tokens=False)["input_ids"])
+    with mock.patch("edgepeft.runtime.decode.generate", lambda *_: (np.array([token]) for token in letters)):
+        assert "".join(device.generate("say yes")) == "yes"

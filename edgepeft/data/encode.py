@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from edgepeft.chat import turns
 from edgepeft.data.columns import Layout
 from edgepeft.errors import UsageError
+from edgepeft.runtime.text import unclosed
 
 Batch = dict[str, list[Any]]
 Tokens = tuple[list[int], list[bool]]
@@ -119,11 +120,8 @@ class Encoder:
 
     def _prompts(self, texts: list[str]) -> Iterator[list[int]]:
         encoding = self._tokenise(texts, special=True)
-        closing = {self.tokenizer.eos_token_id, self.tokenizer.sep_token_id}
         for ids, added in zip(encoding["input_ids"], encoding["special_tokens_mask"], strict=True):
-            while len(ids) > 1 and added[len(ids) - 1] and ids[-1] in closing:
-                ids = ids[:-1]
-            yield ids
+            yield unclosed(ids, added, closing(self.tokenizer))
 
     def _inputs(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
         """Tokens with the special tokens around them, at most ``max_tokens``; and which texts lost tokens."""
@@ -153,6 +151,11 @@ class Encoder:
             verbose=False,
         )
         return encoding
+
+
+def closing(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that close a text, which a prompt for an answer does not end in."""
+    return [token for token in (tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None]
 
 
 def fit(

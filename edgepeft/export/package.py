@@ -38,6 +38,8 @@ def package(
     labels: Sequence[str] | None,
     template: Mapping[str, Any],
     eos_token_ids: Sequence[int],
+    stop: Sequence[str],
+    closing_token_ids: Sequence[int],
     decoder_start_token_id: int | None,
     max_tokens: int,
     name: str,
@@ -54,7 +56,8 @@ def package(
         task: "classification", "causal-lm" or "seq2seq".
         labels: classification: the name of each output, in order.
         template: how a prompt became text in training.
-        eos_token_ids: tokens that end a generation.
+        eos_token_ids, stop: tokens and texts that end a generation.
+        closing_token_ids: causal-lm: what the tokenizer puts behind a text, and a prompt was trained without.
         decoder_start_token_id: seq2seq: the first decoder input.
         max_tokens: the longest sequence the model takes.
         name: the model's name.
@@ -79,6 +82,8 @@ def package(
                 labels=list(labels) if labels is not None else None,
                 template=dict(template),
                 eos_token_ids=list(eos_token_ids),
+                stop=list(stop) or None,
+                closing_token_ids=list(closing_token_ids) or None,
                 decoder_start_token_id=decoder_start_token_id,
                 max_tokens=max_tokens,
                 add_special_tokens=add_special_tokens,

@@ -13,7 +13,7 @@ from edgepeft.runtime import decode, manifest
 from edgepeft.runtime.sampling import sampler
 from edgepeft.runtime.sessions import Graph, open_graphs
 from edgepeft.runtime.template import render
-from edgepeft.runtime.text import Detokenizer, StopStrings
+from edgepeft.runtime.text import Detokenizer, StopStrings, unclosed
 
 Prompt = str | Sequence[dict[str, str]]
 """A text, or messages {"role", "content"} for a model with a chat template."""
@@ -110,7 +110,8 @@ class Device:
             text.encode()  # tokenizers would call half a surrogate pair "not a string"
         except UnicodeEncodeError as error:
             raise UsageError("The text is not valid Unicode.", str(error), "Save or pass it as UTF-8.") from error
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=self.manifest.add_special_tokens).ids
+        found = self.tokenizer.encode(text, add_special_tokens=self.manifest.add_special_tokens)
+        ids = unclosed(found.ids, found.special_tokens_mask, self.manifest.closing_token_ids or [])
         if not ids:
             raise UsageError("The text is empty.", "It has no tokens.", "Give some text.")
         if len(ids) > self.manifest.max_tokens:
@@ -171,7 +172,7 @@ class Device:
         if max_new_tokens < 1:
             raise UsageError(f"The most new tokens is {max_new_tokens}.", "", "Give 1 or more.")
         choose = sampler(temperature, top_p, seed)
-        stops = StopStrings(stop)
+        stops = StopStrings([*stop, *(self.manifest.stop or [])])
         ids = np.array([self.encode(prompt)], np.int64)
         if self.manifest.task == "causal-lm":  # the last token generated is not read again, so it needs no position
             max_new_tokens = min(max_new_tokens, self.manifest.max_tokens - ids.shape[1] + 1)

@@ -39,6 +39,10 @@ class Manifest:
     """How a prompt becomes text; see ``edgepeft.chat``."""
     eos_token_ids: list[int]
     """Tokens that end a generation."""
+    stop: list[str] | None = None
+    """Texts that end a generation, where no single token does."""
+    closing_token_ids: list[int] | None = None
+    """Causal language models: tokens that the tokenizer puts behind a text, and training left out behind a prompt."""
     decoder_start_token_id: int | None = None
     """Sequence to sequence: the token that the decoder starts from."""
     max_tokens: int

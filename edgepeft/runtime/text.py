@@ -1,14 +1,26 @@
-"""Text while it is being generated: whole characters only, and nothing from a stop string on."""
+"""Tokens and text around an answer: where a prompt ends, whole characters only, and nothing from a stop string on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tokenizers import Tokenizer
 
 from edgepeft.errors import UsageError
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+def unclosed(ids: Sequence[int], added: Sequence[int], closing: Collection[int | None]) -> list[int]:
+    """A prompt's tokens without those of ``closing`` that the tokenizer put behind it: an answer is to follow.
+
+    Args:
+        added: for each token, whether the tokenizer added it to the text (its special tokens mask).
+    """
+    end = len(ids)
+    while end > 1 and added[end - 1] and ids[end - 1] in closing:
+        end -= 1
+    return list(ids[:end])
 
 
 class Detokenizer:
