@@ -31,7 +31,7 @@ from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.files import write_json
 from edgepeft.methods import base
 from edgepeft.methods.base import Method
-from edgepeft.step import Batch, TrainingStep, answer_states, inputs
+from edgepeft.step import Batch, TrainingStep, answer_states, inputs, unpadded
 from tuning import BENCHES, DEV, STATE, Bench, Row, texts
 
 WARM_UP, ROUNDS = 1, 3
@@ -109,7 +109,7 @@ def speed(bench_name: str, row: Row) -> dict[str, Any]:
     """
     bench = BENCHES[bench_name]
     read = _data(bench, bench.data())
-    batch = training._unpadded(read.train.collate(list(range(bench.batch))))
+    batch = unpadded(read.train.collate(list(range(bench.batch))))
     full = Row("full", bench.precision)
     sides = [_step(bench, full), _step(bench, row)]
     with heap.ample():
@@ -280,7 +280,7 @@ def _step(bench: Bench, row: Row) -> TrainingStep:
             after_update=method.after_update,
         )
         if number < last:  # what the next stage chooses by
-            _update(step, training._unpadded(read.train.collate([0])))
+            _update(step, unpadded(read.train.collate([0])))
     return step
 
 

@@ -90,9 +90,9 @@ def _smaller(failed: Plan, again: Again, method: str | None, precision: str | No
             yield _alternative(change, found.chosen(), f"--method {found.chosen().method} --precision {_chosen(found)}")
             return
     if method is not None:
-        found = _planned(again, method=None, precision=SMALLEST, settings=[], first=True)
+        found = _planned(again, method=None, precision=None, settings=[], first=True)
         if found is not None:
-            change = {"method": found.chosen().method, "precision": SMALLEST, "settings": []}
+            change = {"method": found.chosen().method, "precision": found.chosen().precision, "settings": []}
             text = f"--method {found.chosen().method} --precision {_chosen(found)}"
             yield _alternative(change, found.chosen(), text)
 
@@ -169,15 +169,13 @@ def _larger(failed: Plan, again: Again) -> Iterator[Alternative]:
     """The smallest machine of the same kind that has enough, or else of another kind, for which it is planned anew."""
     least = failed.least
     devices = sorted(map(hardware.load, hardware.names()), key=lambda device: device.available_bytes)
+
+    def alike(device: hardware.Hardware) -> bool:
+        return (device.kind, device.bf16) == (failed.hardware.kind, failed.hardware.bf16)
+
+    devices.sort(key=alike, reverse=True)
     for device in devices:
-        alike = (device.kind, device.bf16) == (failed.hardware.kind, failed.hardware.bf16)
-        if alike and needed_bytes(least.reserved_bytes, device) <= device.available_bytes:
-            several = f"{failed.devices} x " if failed.devices > 1 else ""
-            text = f"{several}{device.name} with {least.method} on {least.precision}"
-            yield _alternative({"hardware": device.name}, least, text)
-            return
-    for device in devices:
-        if device.available_bytes < least.bytes["weights"] or (failed.devices > 1 and device.kind != "cuda"):
+        if alike(device) and needed_bytes(least.reserved_bytes, device) > device.available_bytes:
             continue
         found = _planned(again, device=device, first=True)
         if found is not None:

@@ -27,7 +27,8 @@ class Candidate:
         reserved_bytes: what the allocator holds for them; ``process_bytes``: with what the process needs besides.
         phases: every phase → bytes of tensors at its peak; those after training are ``merge``.
         least_bytes: what the process needs at microbatch 1.
-        merge_bytes: of merging at the microbatch that an update is made of, which may be a smaller one.
+        run_microbatch: the one that an update of the global batch is made of, which may be smaller;
+            ``run_process_bytes``: what the process needs then, and ``merge_bytes``: of merging.
         update_seconds: estimated time of an update of the global batch, all sequences at full length; None where it
             does not fit. ``tokens_per_second``: the (source) tokens that go through it meanwhile.
     """
@@ -48,6 +49,8 @@ class Candidate:
     bytes: Mapping[str, int]
     phases: Mapping[str, int]
     merge_bytes: int = 0
+    run_microbatch: int = 0
+    run_process_bytes: int = 0
     update_seconds: float | None = None
     tokens_per_second: float | None = None
     ample: bool = False
@@ -104,8 +107,7 @@ def of(
             low, high = (middle, high) if need(middle) <= limit else (low, middle - 1)
         return low
 
-    # Room is left if any microbatch allows it; else the margin is used, and the verdict says so.
-    size = fixed or largest(hardware.available_bytes * TIGHT) or largest(hardware.available_bytes) or 1
+    size = fixed or largest(hardware.available_bytes * TIGHT) or 1  # the margin is for one that cannot do without
     process = need(size)
     kept = max(process, _with_kept(traced, hardware, size))
     ample = hardware.kind == "cpu" and kept <= hardware.available_bytes * TIGHT
@@ -113,6 +115,7 @@ def of(
     verdict = "NO" if process > hardware.available_bytes else "FITS"
     if verdict == "FITS" and process > hardware.available_bytes * TIGHT:
         verdict = "TIGHT"
+    used = usable_microbatch(size, global_batch)
     phase, kinds = traced.at(size, only)
     peak = sum(kinds.values())
     seconds = None if verdict == "NO" else _update_seconds(traced, hardware, size, global_batch)
@@ -132,7 +135,9 @@ def of(
         phase=phase,
         bytes=kinds,
         phases={name: sum(held.values()) for name, held in traced.peaks(size).items()},
-        merge_bytes=sum(traced.peaks(usable_microbatch(size, global_batch)).get("merge", {}).values()),
+        merge_bytes=sum(traced.peaks(used).get("merge", {}).values()),
+        run_microbatch=used,
+        run_process_bytes=process if used == size else need(used),
         update_seconds=seconds,
         tokens_per_second=None if seconds is None else devices * global_batch * configuration.tokens / seconds,
         ample=ample,

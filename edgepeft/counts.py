@@ -32,14 +32,25 @@ def training(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What training took, of ``ledger.Row.stages``: the last stage's parameters, which an adapter holds, and the most
     that an earlier one trained, where that is more; the largest peak, and the speed of all.
     """
-    seconds = sum(stage["seconds"] for stage in stages)
     last, most = stages[-1]["trained"], max(stage["trained"] for stage in stages)
     return {
         "trained_parameters": last,
         **({"trained_parameters_at_most": most} if most > last else {}),
         "training_peak_bytes": max(stage["peak_bytes"] for stage in stages),
-        "training_tokens_per_second": sum(stage["tokens"] for stage in stages) / max(seconds, 1e-9),
+        "training_tokens_per_second": speed(stages),
     }
+
+
+def speed(stages: Sequence[Mapping[str, Any]]) -> float:
+    """Tokens a second of training, without the updates that were slowed by watching their memory if there are others.
+
+    Args:
+        stages: with ``tokens`` and ``seconds`` of all updates, and ``timed_tokens`` and ``timed_seconds`` of those.
+    """
+    for of in ("timed_", ""):
+        if tokens := sum(stage[f"{of}tokens"] for stage in stages):
+            return float(tokens / max(sum(stage[f"{of}seconds"] for stage in stages), 1e-9))
+    return 0.0
 
 
 @torch.no_grad()

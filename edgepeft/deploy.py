@@ -63,7 +63,7 @@ def deploy(
         say(f"export: onnx-{variant}: {_described(rows[variant])}")
     best = choose(rows)
     ledger.drop(space.ledger, {f"onnx-{name}" for name in VARIANTS} - {row.artefact for row in rows.values()})
-    ledger.record(space.ledger, *(_marked(row, rows["fp32"], name == best) for name, row in rows.items()))
+    ledger.record(space.ledger, *(_marked(row, rows["fp32"], best) for row in rows.values()))
     gate.questions.note(space.answers, device=gate.answers.get(best, []))
     package(
         graphs=space.onnx / best,
@@ -82,7 +82,8 @@ def deploy(
         metrics=rows[best].metrics,
         target=space.device,
     )
-    say(f"device: {space.device} holds the {best} graph, {size_bytes(space.device) / 2**20:.0f} MiB")
+    alone = ". No smaller one keeps the fine-tune and is as fast" if best == "fp32" and len(rows) > 1 else ""
+    say(f"device: {space.device} holds the {best} graph, {size_bytes(space.device) / 2**20:.0f} MiB{alone}")
     return space.device
 
 
@@ -165,7 +166,8 @@ class _Gate:
         )
         base = ledger.find(self.space.ledger, "base")
         note = parity.same_function(row) if variant == "fp32" else ""
-        note = note or parity.keeps_fine_tune(self.data.task, row, self.tuned, base)
+        examples = sum(len(batch["input_ids"]) for batch in self.batches)
+        note = note or parity.keeps_fine_tune(self.data.task, row, self.tuned, base, examples)
         return Row(**{**vars(row), "kept": not note, "note": note})
 
     def _asked(self) -> Iterator[tuple[list[int], int]]:
@@ -187,9 +189,9 @@ def _longest(configuration: Any, recipe: Recipe) -> int:
     return most - base.create(recipe.method, recipe.options).positions(configuration)
 
 
-def _marked(row: Row, fp32: Row, shipped: bool) -> Row:
-    late = slower(row, fp32)
-    why = f"it is slower here than fp32, {late}" if late else "another is smaller and as good"
+def _marked(row: Row, fp32: Row, best: str) -> Row:
+    late, shipped = slower(row, fp32), row.artefact == f"onnx-{best}"
+    why = f"it is slower here than fp32, {late}" if late else f"{best} is smaller and keeps the fine-tune"
     note = row.note or ("On the device." if shipped else f"Not on the device: {why}.")
     return Row(**{**vars(row), "kept": shipped, "note": note})
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from edgepeft import (
     deploy,
     ledger,
     machine,
-    plan,
     precision,
     probe,
     report,
@@ -34,7 +33,6 @@ from edgepeft import train as training
 from edgepeft.answers import Questions
 from edgepeft.aside import device_after
 from edgepeft.backbone import Backbone, Source
-from edgepeft.candidate import usable_microbatch
 from edgepeft.catalog.fields import positions_left
 from edgepeft.data.tokens import pad_id
 from edgepeft.errors import UsageError
@@ -46,9 +44,9 @@ from edgepeft.launch import threads, train_together, usable
 from edgepeft.ledger import Row
 from edgepeft.methods import base
 from edgepeft.placements import eight_bit
-from edgepeft.plan import Plan
 from edgepeft.ranks import ALONE, Ranks
 from edgepeft.recipe import Recipe
+from edgepeft.runplan import RunPlan
 from edgepeft.surface import EIGHT_BIT
 from edgepeft.tasks import check as check_task
 from edgepeft.workspace import Workspace, fingerprint
@@ -73,9 +71,22 @@ def run(wanted: Recipe, out: Path, *, until: str = STAGES[-1], say: Say = lambda
         job = _Job(wanted, out, until, say)
         with threads(job.hardware):
             for stage in STAGES[: STAGES.index(until) + 1]:
-                getattr(job, stage)()
-                report.write(out)
+                with _reported(space):
+                    getattr(job, stage)()
     return space
+
+
+@contextlib.contextmanager
+def _reported(space: Workspace) -> Iterator[None]:
+    """Write the report of what there is afterwards, also of what failed or was stopped half-way."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # what went wrong before is what is said
+            if space.recipe.exists():
+                report.write(space.root)
+        raise
+    report.write(space.root)
 
 
 def fit(recipe: Recipe, out: Path, ranks: Ranks, say: Say) -> None:
@@ -137,34 +148,13 @@ class _Job:
             self.recipe = self.space.adopt(self.recipe)
             self.say(f"plan: {self.recipe.choice} (as before)")
             return
-        recipe = self.recipe
-        share = recipe.global_batch // recipe.devices
-        found = self._plan(recipe, recipe.microbatch, accumulates=recipe.microbatch != share)
-        chosen = found.chosen()
-        method = base.find(chosen.method)
-        size = recipe.microbatch or usable_microbatch(chosen.microbatch, share)
-        if method.updates_in_backward and recipe.microbatch is None and size != recipe.global_batch:
-            schedule.check(dataclasses.replace(recipe, microbatch=size), base.create(chosen.method, recipe.options))
-        self.recipe = dataclasses.replace(
-            recipe,
-            method=chosen.method,
-            precision=chosen.precision,
-            microbatch=size,
-            checkpointing=chosen.checkpointing,
-            optimizer=chosen.optimizer,
-            strategy=chosen.strategy or None,
-        )
-        exact = self._plan(self.recipe, size, accumulates=size != share).chosen()
-        predicted = {
-            "predicted_peak_bytes": exact.step_bytes,
-            "predicted_process_bytes": exact.process_bytes,
-            "ample": exact.ample,
-            "predicted_phases": exact.phases,
-            "bytes": exact.bytes,
-        }
-        write_json(self.space.plan, {**found.as_json(), **predicted})
+        planned = RunPlan(backbone.as_fields(self.config), self.data, self.hardware, whole=self.until != "train")
+        self.recipe, found, why = planned.decide(self.recipe)
+        write_json(self.space.plan, found)
         recipes.write(self.recipe, self.space.recipe)
-        self.say(f"plan: {self.recipe.choice}; {exact.step_bytes / 2**30:.2f} GiB of tensors predicted. {found.why}")
+        self.say(
+            f"plan: {self.recipe.choice}; {found['predicted_peak_bytes'] / 2**30:.2f} GiB of tensors predicted. {why}"
+        )
 
     def train(self) -> None:
         """Train, unless the adapter of this very recipe and data is there."""
@@ -176,12 +166,12 @@ class _Job:
             self._measure_brought()
             self.space.finish("train", inputs)
             return
-        if (self.space.root / "checkpoints").exists() and not self.space.done("training", inputs):
+        begun = (self.space.root / "checkpoints").exists() or self.space.adapter.exists()
+        if begun and (changed := self.space.changed("training", inputs)):
             raise UsageError(
-                f"What the run in {self.space.root} began with has changed: "
-                "data, model, PEFT's configuration or an adapter it starts from.",
-                "Going on from its checkpoint would mix the two.",
-                "Choose another --out, or delete the folder to start over.",
+                f"What the run in {self.space.root} began with has changed: {', '.join(changed)}.",
+                "Going on would mix the two.",
+                "Put it back as it was, choose another --out, or delete the folder to start over.",
             )
         method = base.create(self._needs("method"), self.recipe.options)
         schedule.check(self.recipe, method)
@@ -336,29 +326,6 @@ class _Job:
         taken = 0 if method is None else method.positions(self.config)
         most = positions_left(wanted.model, backbone.positions(self.config), wanted.method, taken, wanted.max_tokens)
         return wanted.max_tokens or min(DEFAULT_TOKENS, most or DEFAULT_TOKENS)
-
-    def _plan(self, recipe: Recipe, microbatch: int | None, *, accumulates: bool) -> Plan:
-        return plan.plan(
-            name=recipe.model,
-            model=backbone.as_fields(self.config),
-            task=self.data.task,
-            hardware=self.hardware.shared(recipe.devices),
-            tokens=int(max(self.data.train.lengths.max(), self.data.validation.lengths.max())),
-            target_tokens=int(max(self.data.train.target_lengths.max(), self.data.validation.target_lengths.max())),
-            labels=len(self.data.labels) or 2,
-            global_batch=recipe.global_batch,
-            methods=[recipe.method] if recipe.method else None,
-            options=[recipe.options if recipe.method else {}],
-            precisions=[recipe.precision] if recipe.precision else None,
-            checkpointing=recipe.checkpointing,
-            optimizer=recipe.optimizer,
-            microbatch=microbatch,
-            accumulates=accumulates,
-            first=True,
-            devices=recipe.devices,
-            strategy=recipe.strategy,
-            whole=self.until != "train",
-        )
 
     def _start(self, trainable: int) -> dict[str, Any]:
         return {

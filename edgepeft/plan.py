@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -212,6 +212,8 @@ def plan(
     def consider(rounds: Sequence[Sequence[Configuration]]) -> None:
         nonlocal refused, settled
         for part in rounds:
+            if first and any(each.verdict == "FITS" and each.method != part[0].method for each in candidates):
+                return  # methods that are preferred less rank behind it
             part = [configuration for configuration in part if configuration.method not in settled]
             for configuration, traced in zip(part, traces.find(part, progress), strict=True):
                 if isinstance(traced, EdgePeftError):
@@ -245,7 +247,8 @@ def plan(
             base.create(method, options[0]).check_devices(devices, strategy)
     for method in {each.method for each in candidates}:  # refused on other precisions only
         excluded.pop(method, None)
-    candidates.sort(key=lambda candidate: _rank(candidate, microbatch or share, hardware, objective))
+    roomy = {_alike_in(each) for each in candidates if _comfortable(each, microbatch or share)}
+    candidates.sort(key=lambda candidate: _rank(candidate, microbatch or share, roomy, hardware, objective))
     choice = 0 if candidates and candidates[0].fits else None
     return Plan(
         hardware=hardware,
@@ -302,14 +305,29 @@ def _shared(
             yield FSDP, sharding.sharded(traced, found)
 
 
-def _rank(candidate: Candidate, wanted: int, hardware: Hardware, objective: str) -> tuple[Any, ...]:
-    """Smaller is better: what fits, at a comfortable microbatch, by the safest method, in the most exact precision."""
+def _alike_in(candidate: Candidate) -> tuple[str, str, str]:
+    return candidate.method, candidate.precision, candidate.optimizer
+
+
+def _rank(
+    candidate: Candidate, wanted: int, roomy: Collection[tuple[str, str, str]], hardware: Hardware, objective: str
+) -> tuple[Any, ...]:
+    """Smaller is better: what fits with room to spare, by the safest method, in the most exact precision that takes a
+    comfortable microbatch. An update of small microbatches is the same update, so they decide between no two methods.
+
+    Args:
+        roomy: the methods, precisions and optimizers with which something is comfortable.
+    """
     if objective == "memory":
         return (not candidate.fits, candidate.process_bytes, *_preference(candidate, hardware))
     if objective == "speed":
         return (not candidate.fits, candidate.update_seconds or math.inf, *_preference(candidate, hardware))
-    preference = (*_preference(candidate, hardware), candidate.strategy)
-    return (not candidate.fits, not _comfortable(candidate, wanted), *preference)
+    method, precision, lighter, again = _preference(candidate, hardware)
+    cramped = _alike_in(candidate) not in roomy
+    preference = (not candidate.fits, candidate.verdict == "TIGHT", method, cramped, precision, lighter)
+    if candidate.strategy:  # several devices share the work to be done sooner
+        return (*preference, candidate.update_seconds or math.inf, candidate.strategy, again)
+    return (*preference, not _comfortable(candidate, wanted), again)
 
 
 def _comfortable(candidate: Candidate, wanted: int) -> bool:

@@ -109,6 +109,10 @@ class Ranks:
             torch.manual_seed(int(seed[0] >> np.uint64(1)))
             yield
 
+    def drawing_for_parts(self, *numbers: int) -> contextlib.AbstractContextManager[None]:
+        """The same where each draws for its own part of a sharded model, which need not be as large as the others'."""
+        return self.drawing_apart(*numbers) if self.sharded else contextlib.nullcontext()
+
 
 ALONE = Ranks()
 

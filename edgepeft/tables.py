@@ -148,16 +148,24 @@ def plan(found: Plan) -> None:
         Console(width=max(_screen.width, WIDE)).print(_wide(found, title))
     _screen.print(
         "GiB at the peak: of the process, of its tensors, and of these by kind. The microbatch is the largest that "
-        "fits (1 where none does); TIGHT uses the margin.",
+        "fits (1 where none does, the whole update where a method cannot make it of several); TIGHT uses the margin.",
         style="dim",
     )
     _screen.print(found.times, style="dim", highlight=False)
     for line in _beside(found):
         _screen.print(line, style="dim", highlight=False, markup=False)
     if found.choice is not None:
-        _screen.print(f"Choice: {found.why}", highlight=False, markup=False)
+        _screen.print(f"Choice: {found.why}{_as_run(found.chosen())}", highlight=False, markup=False)
         if (job := _job(found)) is not None:
             _screen.print(job, highlight=False)
+
+
+def _as_run(chosen: Candidate) -> str:
+    """What a run of it needs, whose updates may be made of smaller microbatches than fit."""
+    if chosen.run_microbatch == chosen.microbatch:
+        return ""
+    need = chosen.run_process_bytes / GiB
+    return f" An update is made of microbatches of {chosen.run_microbatch}, which take {need:.1f} GiB."
 
 
 def _beside(found: Plan) -> Iterator[str]:
@@ -260,7 +268,7 @@ _GREENS = (194, 157, 120, 83, 77, 71)  # of the terminal's 256 colours, the ligh
 def _cell(found: Mapping[str, Any], method: str) -> Text:
     best = heatmap.best(found, method)
     if best is not None:
-        shade = sum(best["microbatch"] >= step for step in heatmap.STEPS) - 1
+        shade = heatmap.depth(found, method) - 1
         size = f"{best['microbatch']:,}{heatmap.tight(best)}"
         shown = f" {size} {best['precision']}{'+' if best['checkpointing'] else ''} "
         return Text(shown, style=f"black on color({_GREENS[shade]})")

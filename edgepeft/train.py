@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 import signal
 import threading
 import time
@@ -18,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from edgepeft import adapter, checkpoint, events, shards
+from edgepeft import adapter, checkpoint, counts, events, shards
 from edgepeft.answers import Questions
 from edgepeft.backbone import Backbone
 from edgepeft.data import Data
@@ -30,7 +31,7 @@ from edgepeft.methods.base import Method
 from edgepeft.ranks import ALONE, Ranks
 from edgepeft.recipe import Recipe
 from edgepeft.schedule import check, learning_rate, legs, total_steps
-from edgepeft.step import Batch, TrainingStep, recompute_activations
+from edgepeft.step import Batch, TrainingStep, recompute_activations, unpadded
 from edgepeft.surface import ADAMW
 from edgepeft.watch import peak
 
@@ -70,9 +71,6 @@ class _Progress:
     answers: list[str] = field(default_factory=list)  # of the best
     stages: list[dict[str, Any]] = field(default_factory=list)  # what each stage that began took
     phases: dict[str, int] = field(default_factory=dict)  # most bytes of tensors, by the names that a plan has for them
-
-    def sum(self, what: str) -> Any:
-        return sum(stage[what] for stage in self.stages)
 
     @property
     def peak_bytes(self) -> int:
@@ -160,7 +158,10 @@ class _Run:
         before = signal.signal(signal.SIGINT, self._interrupt) if main else None
         try:
             self._loop(log)
-            return self._finish(log)
+            done = self._finish(log)
+            if self.interrupted:  # too late for the loop to see
+                raise self._stopped()
+            return done
         finally:
             if before is not None:
                 signal.signal(signal.SIGINT, before)
@@ -193,11 +194,14 @@ class _Run:
                     saved = time.monotonic()
                 if stopping:
                     self.ranks.wait()
-                    raise Interrupted(
-                        f"Stopped after step {self.progress.step} of {self.total}.",
-                        "You pressed Ctrl-C; the work so far is saved.",
-                        "Run the same command again to go on.",
-                    )
+                    raise self._stopped()
+
+    def _stopped(self) -> Interrupted:
+        return Interrupted(
+            f"Stopped after step {self.progress.step} of {self.total}.",
+            "You pressed Ctrl-C; the work so far is saved.",
+            "Run the same command again to go on.",
+        )
 
     def _remaining(self) -> Iterator[list[Batch]]:
         """The microbatches of every update still to do.
@@ -214,7 +218,7 @@ class _Run:
             updates = self._updates(size, accumulation, self.recipe.seed + number, heaviest)
             for step, parts in zip(range(leg.first, leg.last + 1), updates, strict=False):
                 if step > self.progress.step:
-                    yield [_unpadded(self.data.train.collate(part)) for part in parts]
+                    yield [unpadded(self.data.train.collate(part)) for part in parts]
 
     def _updates(self, size: int, accumulation: int, seed: int, heaviest: tuple[int, ...]) -> Iterator[list[list[int]]]:
         """The examples of the microbatches of every update, epoch after epoch without end."""
@@ -268,8 +272,10 @@ class _Run:
         prefix = f"{leg.stage.name}: " if len(self.legs) > 1 else ""
         for name, size in watched.items():
             self.progress.phases[prefix + name] = max(self.progress.phases.get(prefix + name, 0), size)
-        took["seconds"] += seconds
-        took["tokens"] += tokens
+        slowed = bool(watched) and self.device.type != "cuda"
+        for of in ("",) if slowed else ("", "timed_"):
+            took[f"{of}seconds"] += seconds
+            took[f"{of}tokens"] += tokens
         return {
             "loss": loss,
             "lr": lr,
@@ -282,9 +288,9 @@ class _Run:
     def _begin_accounts(self) -> None:
         stage = self.legs[self.leg].stage
         trained = 0 if stage.measures else sum(parameter.numel() for parameter in self.step.trained)
-        self.progress.stages.append(
-            {"name": stage.name, "trained": trained, "updates": 0, "peak_bytes": 0, "seconds": 0.0, "tokens": 0}
-        )
+        took = {"name": stage.name, "trained": trained, "updates": 0, "peak_bytes": 0}
+        took |= dict.fromkeys(("seconds", "timed_seconds"), 0.0) | dict.fromkeys(("tokens", "timed_tokens"), 0)
+        self.progress.stages.append(took)
 
     def _update(
         self, microbatches: list[Batch], lr: float, step: int, watched: dict[str, int]
@@ -300,14 +306,10 @@ class _Run:
             loss = self._finite(float(self.step.backward(microbatches, lr)), "loss", step)
         if step == leg.first and not self.method.updates_in_backward:
             _check_gradients(self.model)
-        with phase("update"), self._rounding_apart(step):
+        with phase("update"), self.ranks.drawing_for_parts(self.recipe.seed, step, 1):
             norm = self.step.update((step - leg.first + 1) / (leg.last - leg.first + 1))
         watched.update(zip(watched, self.ranks.largest([*watched.values()]), strict=True))
         return loss, None if norm is None else self._finite(float(shards.whole(norm)), "gradient's norm", step)
-
-    def _rounding_apart(self, step: int) -> contextlib.AbstractContextManager[None]:
-        """Of parts, ranks draw other numbers, and not as many."""
-        return self.ranks.drawing_apart(self.recipe.seed, step, 1) if self.ranks.sharded else contextlib.nullcontext()
 
     def _watched_once(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Measure a phase, unless it was measured before: all its repetitions hold the same."""
@@ -362,15 +364,15 @@ class _Run:
         adapter.save(self.out / "adapter", self.model, self.card, self.ranks)
         self.model.eval()
         assert self.progress.best is not None
-        stages = [{**s, "tokens_per_second": s["tokens"] / max(s["seconds"], 1e-9)} for s in self.progress.stages]
+        stages = [{**stage, "tokens_per_second": counts.speed([stage])} for stage in self.progress.stages]
         log.write(
             "end",
             self.progress.step,
             measured_peak_bytes=self.progress.peak_bytes,
             measured_phases=self.progress.phases,
             measured_process_bytes=events.most_bytes(self.device),
-            seconds=self.progress.sum("seconds"),
-            tokens_per_second=self.progress.sum("tokens") / max(self.progress.sum("seconds"), 1e-9),
+            seconds=sum(stage["seconds"] for stage in stages),
+            tokens_per_second=counts.speed(stages),
             stages=stages,
             metrics=self.progress.best,
             best_step=self.progress.best_step,
@@ -383,11 +385,8 @@ class _Run:
         if self.interrupted:  # a second Ctrl-C does not wait for the step to end
             raise KeyboardInterrupt
         self.interrupted = True
-
-
-def _unpadded(batch: dict[str, torch.Tensor]) -> Batch:
-    """A mask that hides nothing is left out: attention is cheaper without one."""
-    return {name: value for name, value in batch.items() if name != "attention_mask" or not bool(value.all())}
+        if self.ranks.first:
+            os.write(2, b"\nStopping after this step; Ctrl-C again stops at once.\n")  # print might be at work itself
 
 
 def _check_gradients(model: nn.Module) -> None:

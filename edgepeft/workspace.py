@@ -25,6 +25,9 @@ from edgepeft.recipe import Recipe
 # What may differ from one call to the next without making it another training run.
 _FREE = ("variants", "hardware", "trust_remote_code")
 
+_WEIGHTS = (".safetensors", ".gguf", ".bin")
+_PIECES, _PIECE = 64, 1 << 20  # of large ones that are looked at: training changes all of a file
+
 _BEFORE_THE_PLAN = (
     "data",
     "plan.json",
@@ -144,26 +147,33 @@ class Workspace:
             )
         return merged
 
-    def done(self, stage: str, inputs: str) -> bool:
-        """Whether ``stage`` was finished with these inputs."""
-        return self._state().get(stage) == inputs
+    def done(self, stage: str, inputs: Any) -> bool:
+        """Whether ``stage`` was finished with these inputs, a fingerprint or several by name."""
+        return bool(self._state().get(stage) == inputs)
 
-    def finish(self, stage: str, inputs: str) -> None:
+    def finish(self, stage: str, inputs: Any) -> None:
         """Remember that ``stage`` was finished with these inputs."""
         write_json(self.root / "state.json", {**self._state(), stage: inputs})
 
-    def training_inputs(self, recipe: Recipe) -> str:
-        """A fingerprint of everything training depends on: the recipe, data and model, and adapters it starts from."""
+    def changed(self, stage: str, inputs: Mapping[str, str]) -> list[str]:
+        """The names of inputs that are not those with which ``stage`` was finished."""
+        before = self._state().get(stage) or {}
+        return [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
+
+    def training_inputs(self, recipe: Recipe) -> dict[str, str]:
+        """Fingerprints of all that training depends on, by name: the recipe, data and model, adapters it starts from.
+
+        They are of contents, so that a folder that was copied, or fetched anew, is the same.
+        """
         fields = {
             entry.name: getattr(recipe, entry.name) for entry in dataclasses.fields(Recipe) if entry.name not in _FREE
         }
-        sources = [
-            Path(name) for name in (recipe.data, recipe.validation, recipe.model) if name and Path(name).exists()
-        ]
+        files = {"the data": recipe.data, "the validation data": recipe.validation, "the model": recipe.model}
+        sources = {what: Path(name) for what, name in files.items() if name and Path(name).exists()}
         if (configuration := path_of(recipe.method)) is not None:
-            sources.append(configuration)
-        others = {name: found for name in _named(recipe.options) if (found := self._other(name))}
-        return fingerprint(fields, *sources, *([others] if others else []))
+            sources["PEFT's configuration"] = configuration
+        others = {f"the adapter {name}": found for name in _named(recipe.options) if (found := self._other(name))}
+        return {"the recipe": fingerprint(fields), **{w: fingerprint(path) for w, path in sources.items()}, **others}
 
     def _other(self, folder: str) -> str | None:
         """A fingerprint of another run's adapter; what it was when this run began, where it is gone since.
@@ -178,14 +188,16 @@ class Workspace:
             self.finish(entry, found)
         return found
 
-    def _state(self) -> dict[str, str]:
+    def _state(self) -> dict[str, Any]:
         path = self.root / "state.json"
+        wrong = "It is no JSON object."
         try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         except ValueError as error:
-            raise EdgePeftError(
-                f"{path} is damaged.", str(error), "Delete it; finished stages are then checked again."
-            ) from error
+            found, wrong = None, str(error)
+        if not isinstance(found, dict):
+            raise EdgePeftError(f"{path} is damaged.", wrong, "Delete it; finished stages are then checked again.")
+        return found
 
 
 def _without_alias(wanted: Recipe) -> Recipe:
@@ -206,18 +218,30 @@ def _without_alias(wanted: Recipe) -> Recipe:
 
 
 def fingerprint(*parts: Any) -> str:
-    """A short hash of plain data and of files (their content) and folders (names, sizes and times of their files)."""
+    """A short hash of plain data, and of files and folders by their names and contents."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path) and part.is_file():
-            digest.update(sha256(part).encode())
+            digest.update(_content(part).encode())
         elif isinstance(part, Path):
             for file in sorted(path for path in part.rglob("*") if path.is_file()):
-                status = file.stat()
-                digest.update(f"{file.relative_to(part)} {status.st_size} {status.st_mtime_ns}\n".encode())
+                digest.update(f"{file.relative_to(part)} {_content(file)}\n".encode())
         else:
             digest.update(json.dumps(part, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def _content(file: Path) -> str:
+    """A hash of a file; of large weights, which may take minutes to read, of pieces all over it and their size."""
+    size = file.stat().st_size
+    if file.suffix not in _WEIGHTS or size <= _PIECES * _PIECE:
+        return sha256(file)
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as source:
+        for number in range(_PIECES):
+            source.seek(number * (size - _PIECE) // (_PIECES - 1))
+            digest.update(source.read(_PIECE))
+    return digest.hexdigest()
 
 
 def _named(options: Mapping[str, Any]) -> list[str]:

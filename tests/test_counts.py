@@ -84,8 +84,8 @@ def test_what_stays_beside_the_backbone_is_counted_whole() -> None:
 
 def test_training_is_counted_by_its_last_stage_and_over_all_of_its_time() -> None:
     stages = [
-        {"trained": 100, "peak_bytes": 5, "seconds": 1.0, "tokens": 30},
-        {"trained": 7, "peak_bytes": 9, "seconds": 2.0, "tokens": 30},
+        {"trained": 100, "peak_bytes": 5, "seconds": 1.0, "tokens": 30, "timed_seconds": 0.0, "timed_tokens": 0},
+        {"trained": 7, "peak_bytes": 9, "seconds": 2.0, "tokens": 30, "timed_seconds": 0.0, "timed_tokens": 0},
     ]
     assert counts.training(stages) == {
         "trained_parameters": 7,
@@ -93,4 +93,6 @@ def test_training_is_counted_by_its_last_stage_and_over_all_of_its_time() -> Non
         "training_peak_bytes": 9,
         "training_tokens_per_second": 20.0,
     }
+    timed = {**stages[1], "timed_seconds": 0.5, "timed_tokens": 20}  # what was not watched
+    assert counts.training([stages[0], timed])["training_tokens_per_second"] == 40.0
     assert "trained_parameters_at_most" not in counts.training([{**stages[0], "trained": 0}, stages[1]])

@@ -38,7 +38,7 @@ def row(variant: str, size: int, speed: float | None = None, ms: float = 1.0, ke
 def test_the_smallest_that_is_not_clearly_slower_is_chosen(fp32: Row, int8: Row, best: str) -> None:
     rows = {"fp32": fp32, "int8": int8}
     assert deploy.choose(rows) == best
-    said = deploy._marked(int8, fp32, best == "int8").note
+    said = deploy._marked(int8, fp32, best).note
     assert ("On the device." == said) == (best == "int8")
     if best == "fp32" and int8.kept:
         assert "slower here than fp32" in said and "against" in said

@@ -56,7 +56,7 @@ def test_outputs_that_are_not_numbers_are_neither_right_nor_equal(tmp_path: Path
     assert np.isnan(found.deviation) and np.isnan(found.metrics["loss"])
     assert found.metrics["accuracy"] == (reference[1:].argmax(-1) == 0).sum() / 4
     row = Row(artefact="onnx-int8", metrics=found.metrics, deviation=found.deviation)
-    assert parity.keeps_fine_tune("classification", row, row, None)
+    assert parity.keeps_fine_tune("classification", row, row, None, 10)
     assert "nan" in parity.same_function(row)
 
 
@@ -125,19 +125,20 @@ def test_an_unquantised_graph_must_be_the_same_function(row: Row, refused_for: s
 @pytest.mark.parametrize(
     "task_name, base, tuned, row, kept",
     [
-        ("classification", 0.5, 0.9, 0.75, True),  # 0.15 of the 0.4 gained is lost
-        ("classification", 0.5, 0.9, 0.65, False),
-        ("classification", 0.9, 0.9, 0.89, True),  # nothing was gained: 2 % may go
-        ("classification", 0.9, 0.9, 0.85, False),
-        ("classification", None, 0.9, 0.89, True),
+        ("classification", 0.5, 0.9, 0.86, True),  # a tenth of the 0.4 gained is lost
+        ("classification", 0.5, 0.9, 0.855, False),
+        ("classification", 0.9, 0.9, 0.885, True),  # nothing was gained: 2 % may go
+        ("classification", 0.898, 0.9, 0.885, True),  # nor is hardly anything stricter than nothing
+        ("classification", 0.9, 0.9, 0.88, False),
+        ("classification", None, 0.9, 0.885, True),
         ("classification", 0.5, 0.9, 0.95, True),
-        ("causal-lm", 3.0, 2.0, 2.4, True),
-        ("causal-lm", 3.0, 2.0, 2.6, False),
+        ("causal-lm", 3.0, 2.0, 2.1, True),
+        ("causal-lm", 3.0, 2.0, 2.12, False),
         ("seq2seq", 2.0, 2.0, 2.03, True),
         ("seq2seq", 2.0, 2.0, 2.05, False),
     ],
 )
-def test_half_of_what_training_gained_must_be_kept(
+def test_most_of_what_training_gained_must_be_kept(
     task_name: str, base: float | None, tuned: float, row: float, kept: bool
 ) -> None:
     name = "accuracy" if task_name == "classification" else "loss"
@@ -145,7 +146,13 @@ def test_half_of_what_training_gained_must_be_kept(
     def made(value: float) -> Row:
         return Row(artefact="", metrics={name: value})
 
-    said = parity.keeps_fine_tune(task_name, made(row), made(tuned), None if base is None else made(base))
+    said = parity.keeps_fine_tune(task_name, made(row), made(tuned), None if base is None else made(base), 1000)
     assert (said == "") == kept
     if not kept:
         assert f"{row:.4f}" in said and f"{tuned:.4f}" in said
+
+
+def test_two_examples_may_go() -> None:
+    tuned, one, two = (Row(artefact="", metrics={"accuracy": right / 20}) for right in (18, 16, 15))
+    assert not parity.keeps_fine_tune("classification", one, tuned, tuned, 20)
+    assert "more than 0.1000" in parity.keeps_fine_tune("classification", two, tuned, tuned, 20)

@@ -119,7 +119,8 @@ def test_what_each_stage_took_is_told(tmp_path: Path) -> None:
     own = adapter.read_tensors(done.adapter / adapter.TENSORS)
     assert fisher["trained"] == 0, "it measures"
     assert sparse["trained"] == done.trained_parameters == own["sparse.values"].numel() > 0
-    assert fisher["tokens_per_second"] == pytest.approx(fisher["tokens"] / fisher["seconds"])
+    assert fisher["tokens_per_second"] == pytest.approx(fisher["timed_tokens"] / fisher["timed_seconds"])
+    assert fisher["timed_tokens"] == sum(event["tokens"] for event in steps[2:8]), "not those that were watched"
 
 
 def test_each_stage_has_its_own_schedule_and_optimizer(tmp_path: Path) -> None:

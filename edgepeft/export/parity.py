@@ -17,7 +17,7 @@ from edgepeft.runtime.sessions import Graph
 
 FP32_TOLERANCE = 1e-4  # relative: the same arithmetic in another order; measured exports are at 7e-7 to 3e-6
 FP32_SAME_TOKENS = 0.5  # two likeliest tokens may tie, and all after them differ; a wrong cache spares no prompt
-KEPT_GAIN = 0.5  # share of what fine-tuning gained that a quantised variant must keep, or the fine-tune counts as lost
+LOST_GAIN, LOST, FLIPPED = 0.1, 0.02, 2  # what a variant may lose: see ``keeps_fine_tune``
 PREFILL, DECODE = 32, 24  # tokens of the latency measurement
 CLASSIFIED = 64
 
@@ -123,20 +123,23 @@ def same_function(row: Row) -> str:
     return ""
 
 
-def keeps_fine_tune(task: str, row: Row, tuned: Row, base: Row | None) -> str:
+def keeps_fine_tune(task: str, row: Row, tuned: Row, base: Row | None, examples: int) -> str:
     """Why an artefact lost the fine-tune, or an empty string when it did not.
 
-    It is lost when less than half of what training gained over the untuned model is left, in accuracy for classifiers
-    and in loss for the others. Where training gained nothing there is nothing to lose: the metric itself may then be
-    worse by 2 %.
+    By accuracy for classifiers and by loss for the others, it may lose a tenth of what training gained over the untuned
+    model, or 2 % of the metric where that is more. Of a classifier two examples may go, which is chance.
+
+    Args:
+        examples: on how many it was measured.
     """
     if not np.isfinite(list(row.metrics.values())).all():
         return "Its outputs are not numbers."
     name, sign = ("accuracy", 1) if task == "classification" else ("loss", -1)
     gained = 0.0 if base is None else sign * (tuned.metrics[name] - base.metrics[name])
     lost = sign * (tuned.metrics[name] - row.metrics[name])
-    allowed = KEPT_GAIN * gained if gained > 0 else 0.02 * abs(tuned.metrics[name])
-    if lost <= allowed:
+    chance = FLIPPED / examples if task == "classification" else 0.0
+    allowed = max(LOST_GAIN * gained, LOST * abs(tuned.metrics[name]), chance)
+    if lost <= allowed + 1e-9:  # accuracies are quotients
         return ""
     return f"{name} {row.metrics[name]:.4f} against {tuned.metrics[name]:.4f}: more than {allowed:.4f} is lost."
 

@@ -43,7 +43,7 @@ def body(plans: Sequence[Plan]) -> Html:
         tag(
             "p",
             "A cell shows the plan's first choice of a method, by the largest microbatch that fits; * uses the margin. "
-            "Tap it for its precision and memory.",
+            "The colour is that of the largest with any of its precisions. Tap it for its precision and memory.",
             class_="note",
         ),
     )
@@ -65,6 +65,14 @@ def best(plan: Plan, method: str) -> Mapping[str, Any] | None:
     return next((c for c in plan["candidates"] if c["method"] == method and c["fits"]), None)
 
 
+def depth(plan: Plan, method: str) -> int:
+    """How deep the colour of a method that fits is: by the largest microbatch of all its candidates, so that a larger
+    machine is no lighter because it can afford what takes more memory.
+    """
+    fitting = [c["microbatch"] for c in plan["candidates"] if c["method"] == method and c["fits"]]
+    return sum(max(fitting) >= step for step in STEPS)
+
+
 def tight(candidate: Mapping[str, Any]) -> str:
     """The mark of a candidate that fits into the margin only."""
     return "*" if candidate["verdict"] == "TIGHT" else ""
@@ -78,8 +86,8 @@ def _row(plan: Plan, methods: Sequence[str]) -> Html:
 def _cell(plan: Plan, method: str) -> Html:
     found = best(plan, method)
     if found is not None:
-        depth = sum(found["microbatch"] >= step for step in STEPS)
-        return tag("td", _opened(f"{found['microbatch']:,}{tight(found)}", found, plan), class_=f"fit heat{depth}")
+        shown = _opened(f"{found['microbatch']:,}{tight(found)}", found, plan)
+        return tag("td", shown, class_=f"fit heat{depth(plan, method)}")
     tried = [c for c in plan["candidates"] if c["method"] == method]
     if not tried:
         return tag("td", "–", class_="untried", title=f"{method} cannot train this model here")

@@ -1,0 +1,86 @@
+"""The plan of a run: what a recipe leaves open is chosen for its data and hardware, and its memory is predicted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from edgepeft import plan, schedule
+from edgepeft.candidate import usable_microbatch
+from edgepeft.data import Data
+from edgepeft.hardware import Hardware
+from edgepeft.methods import base
+from edgepeft.plan import Plan
+from edgepeft.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """A plan for one run.
+
+    Attributes:
+        model: its configuration as plain data.
+        whole: whether the model is merged and exported on the hardware too.
+    """
+
+    model: Mapping[str, Any]
+    data: Data
+    hardware: Hardware
+    whole: bool
+
+    def decide(self, recipe: Recipe) -> tuple[Recipe, dict[str, Any], str]:
+        """The recipe with what was open in it chosen, all that was planned and predicted as JSON, and why in words.
+
+        Raises:
+            UsageError: nothing fits, or what the recipe asks for does not go together.
+        """
+        share = recipe.global_batch // recipe.devices
+        found = self._plan(recipe, recipe.microbatch, accumulates=recipe.microbatch != share)
+        chosen = found.chosen()
+        method = base.find(chosen.method)
+        size = recipe.microbatch or usable_microbatch(chosen.microbatch, share)
+        if method.updates_in_backward and recipe.microbatch is None and size != recipe.global_batch:
+            schedule.check(dataclasses.replace(recipe, microbatch=size), base.create(chosen.method, recipe.options))
+        decided = dataclasses.replace(
+            recipe,
+            method=chosen.method,
+            precision=chosen.precision,
+            microbatch=size,
+            checkpointing=chosen.checkpointing,
+            optimizer=chosen.optimizer,
+            strategy=chosen.strategy or None,
+        )
+        exact = self._plan(decided, size, accumulates=size != share).chosen()
+        predicted = {
+            "predicted_peak_bytes": exact.step_bytes,
+            "predicted_process_bytes": exact.process_bytes,
+            "ample": exact.ample,
+            "predicted_phases": exact.phases,
+            "bytes": exact.bytes,
+        }
+        return decided, {**found.as_json(), **predicted}, found.why
+
+    def _plan(self, recipe: Recipe, microbatch: int | None, *, accumulates: bool) -> Plan:
+        train, validation = self.data.train, self.data.validation
+        return plan.plan(
+            name=recipe.model,
+            model=self.model,
+            task=self.data.task,
+            hardware=self.hardware.shared(recipe.devices),
+            tokens=int(max(train.lengths.max(), validation.lengths.max())),
+            target_tokens=int(max(train.target_lengths.max(), validation.target_lengths.max())),
+            labels=len(self.data.labels) or 2,
+            global_batch=recipe.global_batch,
+            methods=[recipe.method] if recipe.method else None,
+            options=[recipe.options if recipe.method else {}],
+            precisions=[recipe.precision] if recipe.precision else None,
+            checkpointing=recipe.checkpointing,
+            optimizer=recipe.optimizer,
+            microbatch=microbatch,
+            accumulates=accumulates,
+            first=True,
+            devices=recipe.devices,
+            strategy=recipe.strategy,
+            whole=self.whole,
+        )
