@@ -163,6 +163,8 @@ def _to(until: str) -> Callable[..., None]:
     ) -> None:
         from edgepeft import recipe as recipes
 
+        if recipe is None and model is None and data is None and (out / "recipe.toml").is_file():
+            recipe = out / "recipe.toml"  # the run that is there goes on
         values = recipes.read(recipe) if recipe else {}
         flagged = {
             "model": model,

@@ -83,6 +83,12 @@ def plan_model(
             f"{method} means {implied}, not {precision}.", "", "Leave --precision out, or name the method itself."
         )
     fields, usual = _model(model, trust_remote_code)
+    if target_tokens is not None and (task or usual) != "seq2seq":
+        raise UsageError(
+            f"plan: --target-len is about answers of their own, and {model} is planned for {task or usual}.",
+            "There a prompt and its answer are one sequence.",
+            "Use --seq-len for both together.",
+        )
     taken = max(_taken(method, each, tokens, fields) for each in options)
     left = positions_left(model, positions(fields), method, taken, tokens)
     at = precision or implied

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -122,6 +123,58 @@ def test_what_fits_by_fsdp_alone_is_written_so(tmp_path: Path) -> None:
     with pytest.raises(EdgePeftError, match="does not fit") as caught:
         plan("--model", str(tmp_path), *asked)
     assert "by FSDP with full on fp32" in caught.value.remedy
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(plan(*arguments, "--json").stdout)
+    return found
+
+
+def chosen(*arguments: str) -> dict[str, Any]:
+    found = planned(*arguments)
+    choice: dict[str, Any] = found["candidates"][found["choice"]]
+    return choice
+
+
+def test_small_microbatches_decide_between_no_methods_and_no_strategies() -> None:
+    """QLoRA of 32 thousand million parameters fits a 4090 two examples at a time, LN tuning four."""
+    wide = chosen("--gpu", "rtx-4090-24gb", "--model", "qwen2.5-32b")
+    assert (wide["method"], wide["precision"], wide["verdict"]) == ("lora", "nf4", "FITS") and wide["microbatch"] < 4
+    eight, *asked = ["--gpus", "8"], "--gpu", "rtx-4090-24gb", "--model", "llama-3.1-8b"
+    shared = chosen(*asked, *eight)
+    assert (shared["strategy"], shared["precision"]) == ("ddp", "bf16")
+    assert shared["update_seconds"] < chosen(*asked)["update_seconds"] / 4
+
+
+def test_more_memory_never_fits_less() -> None:
+    asked = ["--gpu", "rtx-4090-24gb", "--model", "qwen2.5-14b", "--method", "houlsby", "--precision", "int8"]
+    sizes = [chosen(*asked, "--reserve", str(reserve))["microbatch"] for reserve in (2, 1.5, 1, 0.5, 0)]
+    assert sizes == sorted(sizes)
+
+
+def test_a_choice_says_what_a_run_of_it_takes() -> None:
+    asked = ["--gpu", "a100-40gb", "--model", "llama-3.1-8b"]
+    found = chosen(*asked)
+    assert found["run_microbatch"] == 4 < found["microbatch"]
+    assert found["run_process_bytes"] < found["process_bytes"]
+    assert "microbatches of 4, which take 28.0 GiB" in " ".join(plan(*asked).stdout.split())
+
+
+def test_what_would_fit_is_what_would_be_chosen_there() -> None:
+    with pytest.raises(EdgePeftError) as caught:
+        plan("--gpu", "rtx-4090-24gb", "--model", "llama-3.1-8b", "--method", "full", "--precision", "bf16")
+    assert "--method lora --precision bf16" in caught.value.remedy
+    with pytest.raises(EdgePeftError) as caught:
+        plan("--gpu", "jetson-orin-nano-8gb", "--model", "phi-4")
+    assert "rtx-3060-12gb with lora on nf4" in caught.value.remedy
+
+
+def test_flags_say_something_or_are_refused() -> None:
+    with pytest.raises(UsageError, match="--target-len is about answers"):
+        plan("--gpu", "a100-40gb", "--model", "llama-3.1-8b", "--target-len", "50")
+    shown = plan("--model", "llama-3.1-8b", "--all-gpus", "--examples", "50000").stdout
+    assert " h " in next(line for line in shown.splitlines() if line.startswith("l4-24gb"))
+    assert "multiplies no bf16" in plan("--gpu", "t4-16gb", "--model", "gpt2", "--precision", "bf16").stdout
 
 
 def test_hours_follow_from_the_data_and_the_time_of_an_update(tiny: Path) -> None:

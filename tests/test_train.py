@@ -15,7 +15,7 @@ import tiny
 import training
 from safetensors.torch import load_file
 
-from edgepeft import checkpoint, schedule
+from edgepeft import adapter, checkpoint, schedule
 from edgepeft import train as trainer
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.evaluate import evaluate, validation_batches
@@ -330,3 +330,18 @@ def test_leftovers_of_killed_writes_are_cleared(tmp_path: Path) -> None:
     remove_leftovers(tmp_path / "run")
     left = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")}
     assert left == {"report.html", "checkpoints"}
+
+
+def test_ctrl_c_while_the_adapter_is_written_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, save = training.written("causal-lm", max_steps=2), adapter.save
+
+    def pressed(directory: Path, *rest: Any) -> None:
+        save(directory, *rest)
+        if directory.name == "adapter":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(adapter, "save", pressed)
+    with pytest.raises(trainer.Interrupted, match="Stopped after step 2 of 2"):
+        training.run(chosen, tmp_path / "run")
+    monkeypatch.setattr(adapter, "save", save)
+    assert training.run(chosen, tmp_path / "run").adapter == tmp_path / "run" / "adapter"

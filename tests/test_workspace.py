@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import tiny
 
-from edgepeft import pipeline
-from edgepeft.errors import UsageError
+from edgepeft import pipeline, workspace
+from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.recipe import Recipe
 from edgepeft.workspace import Workspace
 
@@ -74,3 +75,36 @@ def test_two_do_not_work_in_one_folder(tmp_path: Path) -> None:
             pass
     with Workspace(tmp_path / "run").alone():
         assert not (tmp_path / "run").exists()
+
+
+def test_a_copy_is_the_same_and_what_differs_is_named(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny.folder("llama"), tmp_path / "model"))
+    wanted, space = recipe(tmp_path, model=str(model)), Workspace(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    before = space.training_inputs(wanted)
+    space.finish("training", before)
+    for file in model.iterdir():
+        os.utime(file, (1, 1))  # as a copy's times are others
+    assert space.training_inputs(wanted) == before and not space.changed("training", before)
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    assert space.changed("training", space.training_inputs(wanted)) == ["the model"]
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "c"}\n')
+    assert space.changed("training", space.training_inputs(wanted)) == ["the data", "the model"]
+
+
+def test_large_weights_are_known_by_pieces_all_over_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "_PIECES", 4)
+    monkeypatch.setattr(workspace, "_PIECE", 16)
+    file = tmp_path / "model.safetensors"
+    whole = bytes(range(200))
+    found = set()
+    for at in (None, 0, 70, 130, 199):
+        file.write_bytes(whole if at is None else whole[:at] + b"!" + whole[at + 1 :])
+        found.add(workspace.fingerprint(tmp_path))
+    assert len(found) == 5
+
+
+def test_a_state_that_is_none_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("[1]")
+    with pytest.raises(EdgePeftError, match="state.json is damaged"):
+        Workspace(tmp_path).done("train", "x")

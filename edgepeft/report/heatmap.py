@@ -104,7 +104,16 @@ def _opened(shown: str, candidate: Mapping[str, Any], plan: Plan) -> Html:
     parts = sorted(candidate["bytes"].items(), key=lambda item: -item[1])
     seconds = candidate.get("update_seconds")
     time = None if seconds is None else f"about {number(seconds, 2)} s an update (estimated)"
-    lines = [tag("b", what), peak, f"in {candidate['phase']}", time, *(f"{k} {memory(v)}" for k, v in parts if v)]
+    job = candidate.get("job")
+    whole = None if job is None else f"about {number(job['hours'], 2)} h for the job"
+    lines = [
+        tag("b", what),
+        peak,
+        f"in {candidate['phase']}",
+        time,
+        whole,
+        *(f"{k} {memory(v)}" for k, v in parts if v),
+    ]
     inside = tag("div", *(tag("div", line) for line in lines if line is not None))
     return tag("details", tag("summary", shown, title=f"{plan['hardware']}: {what}, {peak}"), inside)
 
