@@ -40,6 +40,8 @@ def begin(source: Path, out: Path, *, data: str, model: str | None = None) -> tu
         if (source / CONFIG).exists() and not (source / adapter.TENSORS).exists():
             notes = interop.convert(source, space.adapter, model)
         else:
+            if not (source / adapter.CARD).exists():
+                recipes.check_trained(source)
             where = source / "adapter" if (source / "adapter").is_dir() else source
             adapter.read_card(where)
             interop.keep_backbone(where, model)

@@ -14,6 +14,17 @@ from typing import Any
 from edgepeft.errors import UsageError
 
 PLAIN: Mapping[str, Any] = {"kind": "plain"}
+_OF_CHATS = {"start": str, "default_system": str, "roles": dict, "generation_prompt": str, "trim": bool}
+
+
+def is_whole(template: Mapping[str, Any]) -> bool:
+    """Whether data that was read from a file is a template, with all that ``render`` looks for in one."""
+    if template.get("kind") == "plain":
+        return True
+    if template.get("kind") != "chat" or not all(isinstance(template.get(key), of) for key, of in _OF_CHATS.items()):
+        return False
+    marks = template["roles"].values()
+    return all(isinstance(pair, list) and [type(each) for each in pair] == [str, str] for pair in marks)
 
 
 def render(template: Mapping[str, Any], messages: Sequence[Mapping[str, str]]) -> str:

@@ -263,15 +263,13 @@ def main() -> None:
 
 
 def _trained(folder: Path) -> dict[str, Any]:
-    """The recipe of a run that was trained to its end: what merges or exports does not train for hours first."""
+    """The recipe of a run that was trained to its end."""
     from edgepeft import recipe as recipes
 
     path = folder / "recipe.toml"
     if not path.exists():
         raise UsageError(f"There is no run in {folder}.", "It has no recipe.toml.", "Start one with `edgepeft run`.")
-    if not (folder / "adapter").is_dir():
-        remedy = f"Go on with it: edgepeft train --recipe {path} --out {folder}"
-        raise UsageError(f"The run in {folder} is not trained to its end.", "It has no adapter yet.", remedy)
+    recipes.check_trained(folder)
     return recipes.read(path)
 
 

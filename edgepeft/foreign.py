@@ -76,7 +76,7 @@ class Foreign(Method):
     @property
     def writes_backbone(self) -> bool:  # type: ignore[override]
         start = getattr(self.parsed(), "init_lora_weights", None)
-        return isinstance(start, str) and start.startswith(("pissa", "olora"))
+        return isinstance(start, str) and start.lower().startswith(("pissa", "olora"))  # PEFT takes "OLoRA" too
 
     @property
     def backpropagates(self) -> bool:  # type: ignore[override]

@@ -19,14 +19,16 @@ from typing import Any
 import torch
 
 from edgepeft import backbone, largest, machine, precision, probe, roofline, tasks
-from edgepeft.errors import UsageError
+from edgepeft.candidate import needed_bytes
+from edgepeft.catalog.fields import positions_left
+from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.files import write_text
 from edgepeft.hardware import Hardware
 from edgepeft.methods import base
 from edgepeft.placements import eight_bit
 from edgepeft.step import TrainingStep, recompute_activations
-from edgepeft.surface import ADAMW, EIGHT_BIT, Configuration
-from edgepeft.trace import Tracker
+from edgepeft.surface import ADAMW, EIGHT_BIT, PASSING, Configuration
+from edgepeft.trace import Peak, Tracker
 
 GiB = 2**30
 COLUMNS = (
@@ -43,8 +45,12 @@ def measure(name: str, configuration: Configuration, hardware: Hardware) -> dict
     ``allocated``: bytes of tensors at the highest moment of the second step, which has optimizer states.
     ``reserved``: what PyTorch's allocator held for them (CUDA only). ``process``: what the system saw taken: on CUDA
     of the device's memory, on a CPU the process's largest resident memory.
+
+    Raises:
+        EdgePeftError: it would not fit, as predicted; nothing large was allocated.
     """
     recorded = probe.record(configuration, whole=False).tracker
+    _check_room(name, configuration, hardware, recorded.peaks())
     predicted = max(
         peak.peak_bytes
         for phase, peak in recorded.peaks().items()
@@ -95,7 +101,9 @@ def measure_model(
     """What ``edgepeft measure`` does.
 
     Raises:
-        UsageError: an unknown name, or a method that refuses the precision or the optimizer.
+        UsageError: an unknown name, a sequence the model cannot read, or a method that refuses the precision or the
+            optimizer.
+        EdgePeftError: it would not fit.
     """
     at = precision_ or base.implied_precision(method) or ("bf16" if hardware.bf16 else "fp32")
     precision.check(at)
@@ -105,6 +113,7 @@ def measure_model(
     if optimizer == EIGHT_BIT:
         eight_bit.check(hardware.kind)
     config = backbone.config(source)
+    positions_left(source.name, backbone.positions(config), method, chosen.positions(config), tokens)
     configuration = Configuration(
         model=backbone.as_fields(config),
         task=task or tasks.usual_task(config),
@@ -122,6 +131,22 @@ def measure_model(
         optimizer=optimizer,
     )
     return measure(source.name, configuration, hardware)
+
+
+def _check_room(name: str, configuration: Configuration, hardware: Hardware, peaks: Mapping[str, Peak]) -> None:
+    """Refuse what does not fit: a system that runs out of memory kills the process without a word."""
+    phase, peak = max(peaks.items(), key=lambda item: item[1].peak_bytes)
+    need = needed_bytes(peak.peak_bytes, hardware)
+    if need <= hardware.available_bytes:
+        return
+    largest_part = max(peak.bytes, key=lambda kind: peak.bytes[kind])
+    smaller = "a smaller --microbatch or --seq-len, or " if largest_part in PASSING else ""
+    raise EdgePeftError(
+        f"{name} with {configuration.method} at {configuration.precision} needs {need / GiB:.1f} GiB, and "
+        f"{hardware.available_bytes / GiB:.1f} GiB are free on this machine.",
+        f"Largest part: {largest_part}, {peak.bytes[largest_part] / GiB:.1f} GiB, in {phase}.",
+        f"Use {smaller}a --precision of fewer bits; `edgepeft plan --model {name}` looks for what fits.",
+    )
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

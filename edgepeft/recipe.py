@@ -213,6 +213,18 @@ def assignment(key: str, value: Any) -> str:
     return f"{key}={_toml(value)}"
 
 
+def check_trained(folder: Path) -> None:
+    """Refuse a run that is not trained to its end: what goes on from one does not train for hours first.
+
+    Raises:
+        UsageError: ``folder`` holds such a run.
+    """
+    path = folder / "recipe.toml"
+    if path.exists() and not (folder / "adapter").is_dir():
+        remedy = f"Go on with it: edgepeft train --recipe {path} --out {folder}"
+        raise UsageError(f"The run in {folder} is not trained to its end.", "It has no adapter yet.", remedy)
+
+
 def write(recipe: Recipe, path: Path) -> None:
     """Write recipe.toml."""
     write_text(path, dumps(recipe))

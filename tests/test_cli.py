@@ -92,6 +92,15 @@ def test_what_is_not_trained_yet_is_not_merged_or_exported(command: str, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
 
 
+@pytest.mark.parametrize("more", [[], ["--data", DATA]])
+def test_a_run_that_is_not_trained_yet_has_no_adapter_to_convert(more: list[str], tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    (run / "recipe.toml").write_text(f'model = "{MINILM}"\ndata = "{DATA}"\nmethod = "lora"\n')
+    refused(edgepeft("adapter", run, out, *more), 2, "is not trained to its end", f"--recipe {run}/recipe.toml")
+    assert not out.exists()
+
+
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     refused(edgepeft("run", "--model", MINILM, "--data", DATA, "--out", tmp_path), 2, "holds no run")

@@ -69,6 +69,26 @@ def test_a_model_with_its_norms_detached_has_these_gradients() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_an_output_without_weights_is_trained_and_folded_without_nan() -> None:
+    """A row of zeros, as pruning leaves it, has no direction: it is let through as it is until it has one."""
+    torch.manual_seed(0)
+    linear = nn.Linear(10, 6)
+    linear.weight.data[2] = 0
+    x, change = torch.randn(5, 10), Decomposed(linear, LowRank(linear, rank=2, scale=1.5, dropout=0.0))
+    plain = linear(x)
+    delta.attach(linear, change)
+    assert torch.equal(linear(x), plain)
+    linear(x).square().sum().backward()
+    assert all(each.grad is not None and each.grad.isfinite().all() for each in change.parameters())
+    tiny.randomise(change)
+    change.low.b.data[3] = 0  # one row of V that is W's, and one that is zero
+    change.low.b.data[2] = 0
+    expected = linear(x)
+    delta.fold(linear)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(linear(x), expected)
+
+
 def test_no_dense_weight_is_kept_for_backward() -> None:
     linear = precision.pack(nn.Linear(512, 512, bias=False).bfloat16(), "nf4")
     delta.attach(linear, Decomposed(linear, LowRank(linear, 4, 1.0, 0.0)))

@@ -167,8 +167,11 @@ def test_options_missing_files_and_a_missing_peft_are_refused(tmp_path: Path, mo
         base.create(name)
 
 
-def test_a_change_of_the_backbone_is_refused_on_packed_weights_before_anything_is_traced(tmp_path: Path) -> None:
-    name = peft_types.write(tmp_path, {**LORA, "init_lora_weights": "pissa"})
+@pytest.mark.parametrize("start", ["pissa", "OLoRA"])
+def test_a_change_of_the_backbone_is_refused_on_packed_weights_before_anything_is_traced(
+    start: str, tmp_path: Path
+) -> None:
+    name = peft_types.write(tmp_path, {**LORA, "init_lora_weights": start})
     assert traces.traits(name).writes_backbone
     with pytest.raises(UsageError, match="nf4"):
         base.create(name).check("nf4")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from typer.testing import CliRunner
 
-from edgepeft import measure
+from edgepeft import backbone, hardware, measure
 from edgepeft.cli import app
+from edgepeft.errors import EdgePeftError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -36,6 +39,28 @@ def test_a_real_step_holds_what_was_predicted(family: str, flags: list[str], tmp
     with out.open(encoding="utf-8") as file:
         (stored,) = csv.DictReader(file)
     assert tuple(stored) == measure.COLUMNS and stored["predicted_bytes"] == str(row["predicted_bytes"])
+
+
+@pytest.mark.parametrize(
+    ("model", "gib", "microbatch", "told"),
+    [
+        ("t5-11b", 25, 1, "needs 46.* GiB, and 25.0 GiB are free[^$]*--precision of fewer bits"),
+        ("llama", 1, 2000, "activations, .* in forward[^$]*Use a smaller --microbatch or --seq-len, or a"),
+    ],
+)
+def test_what_would_not_fit_is_refused_before_it_is_allocated(model: str, gib: int, microbatch: int, told: str) -> None:
+    source = backbone.resolve(model if model == "t5-11b" else str(tiny.folder(model)))
+    less = dataclasses.replace(hardware.detect(), kind="cpu", memory_bytes=gib * 2**30, reserved_bytes=0)
+    asked: dict[str, Any] = {"task": None, "method": "lora", "options": {}, "precision_": "fp32", "target_tokens": 16}
+    with pytest.raises(EdgePeftError, match=told) as refused:
+        measure.measure_model(source, less, **asked, microbatch=microbatch, tokens=64, checkpointing=False)
+    assert refused.value.exit_code == 1
+
+
+def test_more_tokens_than_positions_are_refused_as_plans_refuse_them() -> None:
+    command = ["measure", "--model", str(tiny.folder("bert")), "--method", "prompt_tuning", "--seq-len", "100000"]
+    with pytest.raises(UsageError, match="cannot read 100000 tokens[^$]*64 positions, of which prompt_tuning needs 5"):
+        CliRunner().invoke(app, [*command, "--set", "options.length=5"], catch_exceptions=False)
 
 
 def test_rows_add_up(tmp_path: Path) -> None:

@@ -52,13 +52,18 @@ def test_options_reach_the_generation(capsys: pytest.CaptureFixture[str]) -> Non
 def test_errors_give_fact_cause_and_remedy_and_a_code(capsys: pytest.CaptureFixture[str], copy: Path) -> None:
     folder = str(exported.folder("classification"))
     assert main([folder, "text", "--system", "Be brief."]) == 2
-    assert (
-        capsys.readouterr().err == "tiny-classification is a classifier.\nIt takes no system message.\nDrop --system.\n"
-    )
+    assert capsys.readouterr().err == "tiny-classification is a classifier.\nIt generates no text.\nDrop --system.\n"
+    for flags in (["--temperature", "0"], ["--max-new-tokens", "-4"], ["--seed", "1"], ["--stop", "."]):
+        assert main([folder, "text", *flags]) == 2
+        assert f"Drop {flags[0]}." in capsys.readouterr().err
+    assert main([str(copy), "text", "--max-new-tokens", "-4"]) == 2
+    assert "most new tokens is -4" in capsys.readouterr().err
     assert main([folder, " "]) == 2
     assert "No text was given." in capsys.readouterr().err
     assert main([folder, "text", "--threads", "0"]) == 2
     assert "number of threads is 0" in capsys.readouterr().err
+    assert main([folder, "text", "--threads", "100000"]) == 2
+    assert f"this machine has {os.cpu_count()} cores" in capsys.readouterr().err
     assert main([str(copy), "text", "--system", "Be brief."]) == 2
     assert "has 2 messages" in capsys.readouterr().err
     (copy / "encoder.onnx").unlink()

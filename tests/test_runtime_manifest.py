@@ -62,6 +62,9 @@ def test_a_truncated_or_missing_file_is_named(copy: Path) -> None:
         ({"task": "classification"}, "needs 'labels'"),
         ({"files": {}}, "encoder.onnx, decoder.onnx, tokenizer.json, which it omits"),
         ({"model": ...}, "lacks 'model'"),
+        ({"template": {}}, "'template' is neither"),
+        ({"template": {"kind": "chat", "roles": {"user": ["<user>"]}}}, "'template' is neither"),
+        ({"template": {**exported.CHAT, "roles": {"user": ["<user>"]}}}, "'template' is neither"),
     ],
 )
 def test_a_manifest_that_makes_no_sense_is_refused(copy: Path, change: dict[str, Any], message: str) -> None:
@@ -103,4 +106,8 @@ def test_a_wrong_path_is_a_usage_error_with_a_hint(copy: Path) -> None:
     run = copy.parent / "run"
     shutil.copytree(copy, run / "device")
     with pytest.raises(UsageError, match=rf"not a device folder[^$]*Did you mean {run / 'device'}\?"):
+        Device.load(run)
+    shutil.rmtree(run / "device")
+    (run / "recipe.toml").touch()
+    with pytest.raises(UsageError, match=rf"not a device folder[^$]*`edgepeft export {run}` makes it"):
         Device.load(run)

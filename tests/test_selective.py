@@ -132,6 +132,18 @@ def test_a_scale_scales_what_is_added_to_the_residual_stream(family: str) -> Non
     assert {name.rpartition(".")[0] for name in scales} == ends
 
 
+def test_a_scale_near_1_does_in_bf16_what_its_merge_does() -> None:
+    made, _ = tiny.adapted("bert", "diff_fit", at="bf16")
+    name, module = next((n, m) for n, m in made.model.named_modules() if isinstance(m, delta.Delta))
+    linear = made.model.get_submodule(name.rpartition(".")[0])
+    x = torch.randn(2, 300, linear.in_features).bfloat16()
+    before = linear(x).double()
+    module.get_parameter("scale").data.fill_(1.003)  # rounded to bf16 by itself, it is 1
+    found = linear(x).double()
+    torch.testing.assert_close(found, before * 1.003, rtol=2**-8, atol=0)
+    assert (found.norm() / before.norm()).item() == pytest.approx(1.003, abs=3e-4)
+
+
 @pytest.mark.parametrize("at", ["fp32", "bf16"])
 def test_a_tied_parameter_has_one_master(at: str) -> None:
     made = tiny.load("t5", at)

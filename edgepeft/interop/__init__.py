@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from edgepeft import adapter
+from edgepeft import adapter, recipe
 from edgepeft.errors import UsageError
 from edgepeft.files import atomic_directory
 from edgepeft.interop.folder import CONFIG, WEIGHTS
@@ -28,7 +28,7 @@ def convert(source: Path, target: Path, model: str | None = None) -> tuple[str, 
         What a user of the new folder should know.
 
     Raises:
-        UsageError: it is neither, or cannot be expressed.
+        UsageError: it is neither, or of a run that is not trained to its end, or cannot be expressed.
         EdgePeftError: it is damaged.
     """
     folder = source / "adapter" if (source / "adapter").is_dir() else source
@@ -41,6 +41,7 @@ def convert(source: Path, target: Path, model: str | None = None) -> tuple[str, 
     if (source / CONFIG).exists():
         return read(source, target, model)
     if not (folder / adapter.CARD).exists():
+        recipe.check_trained(source)
         raise UsageError(
             f"There is no adapter in {source}.",
             f"It holds neither {adapter.CARD} (edgepeft's) nor {CONFIG} (PEFT's).",

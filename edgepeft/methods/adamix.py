@@ -43,9 +43,11 @@ class AdaMix(Method):
 
     Each microbatch is read twice, with other experts the second time; the predictions are drawn together by half the
     sum of their two Kullback-Leibler divergences. What is evaluated and exported is one adapter, the experts' average.
-    The authors' script has all experts share one up-projection; here each has its own, as the survey describes it, and
-    all begin as copies of one. The learning rate is that script's for BERT-base (bert_base_mnli_expert_soup.sh of
-    microsoft/AdaMix), whose adapters are as narrow as these; for RoBERTa-large it is 3e-4.
+    Both predictions get gradients of both divergences, as the paper writes it; the authors' code holds the target of
+    each fixed, so that a ``consistency`` of 1 here pulls about as one of 2 there. Their script has all experts share
+    one up-projection; here each has its own, as the survey describes it, and all begin as copies of one. The learning
+    rate is that script's for BERT-base (bert_base_mnli_expert_soup.sh of microsoft/AdaMix), whose adapters are as
+    narrow as these; for RoBERTa-large it is 3e-4.
     """
 
     paper = Paper("AdaMix: Mixture-of-Adaptations for Parameter-efficient Model Tuning", 2022, "2205.12410")

@@ -14,7 +14,10 @@ from edgepeft.placements import selection
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(Method):
-    """Train what linear layers and norms add; it is then part of the model, at no cost."""
+    """Train the biases of linear layers and norms; they are then part of the model, at no cost.
+
+    That of a BERT's pooler, which the authors train too, stays as it is.
+    """
 
     paper = Paper(
         "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",

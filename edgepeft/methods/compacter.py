@@ -13,7 +13,10 @@ from edgepeft.placements import bottleneck, hypercomplex
 
 @dataclass(frozen=True, kw_only=True)
 class Compacter(Method):
-    """h → h + up(gelu(down(h))) after both sub-layers; a projection of d × k owns r (d + k) parameters and k biases."""
+    """h → h + up(gelu(down(h))) after both sub-layers; a projection of d × k owns r (d + k) parameters and k biases.
+
+    The authors' scripts train the layer norms as well, with which it is 0.073 % of T5-base; here, without, 0.051 %.
+    """
 
     paper = Paper("Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", 2021, "2106.04647")
     kind = "additive"

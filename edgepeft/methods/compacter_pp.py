@@ -13,7 +13,10 @@ from edgepeft.placements import bottleneck, hypercomplex
 
 @dataclass(frozen=True, kw_only=True)
 class CompacterPlusPlus(Method):
-    """h → h + up(gelu(down(h))) after the feed-forward alone; half of Compacter's parameters."""
+    """h → h + up(gelu(down(h))) after the feed-forward alone; half of Compacter's parameters.
+
+    The authors' scripts train the layer norms as well, with which it is 0.047 % of T5-base; here, without, 0.026 %.
+    """
 
     paper = Paper("Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", 2021, "2106.04647")
     kind = "additive"

@@ -18,11 +18,12 @@ from edgepeft.stage import Stage
 class DiffPruning(Method):
     """W + z ∘ Δ with hard-concrete gates z (arXiv 1712.01312) and a price on each that is expected to be open.
 
-    The first stage trains Δ and the gates of all weights: two fp32 numbers for each, with gradients and two moments,
-    32 bytes beside the weight itself, where full tuning takes 16 in fp32 and 8 in bf16. The second keeps the largest
-    entries of z ∘ Δ and trains them on (section 3.2). Gates that whole tensors share, the paper's structured variant,
-    are not here. A classifier's head is dense in both. The matrix of token logits
-    stays as it is, tied or not: nearly all the largest entries would be its, and none of them helps.
+    The first stage trains Δ and the gates of all weights of layers, norms and embeddings: two fp32 numbers for each,
+    with gradients and two moments, 32 bytes beside the weight itself, where full tuning takes 16 in fp32 and 8 in bf16.
+    The second keeps the largest entries of z ∘ Δ and trains them on (section 3.2). Gates that whole tensors share, the
+    paper's structured variant, are not here. A classifier's head is dense in both, but the pooler of a BERT stays as it
+    is. So does the matrix of token logits, tied or not: nearly all the largest entries would be its, and none of them
+    helps.
     """
 
     paper = Paper("Parameter-Efficient Transfer Learning with Diff Pruning", 2020, "2012.07463")

@@ -36,15 +36,21 @@ class Decomposed(delta.Delta):
         added = (b * (b @ (a @ a.t()))).sum(1)
         return (own + 2 * crossed + added).clamp_min(0).sqrt()
 
+    def ratio(self, linear: nn.Module) -> Tensor:
+        """m / ‖V‖ of each row, (out,); 1 where a row of V is zero and has no direction."""
+        norm = self.norm(linear)
+        empty = norm == 0
+        return (self.magnitude / norm.masked_fill(empty, 1)).masked_fill(empty, 1)  # 0/0 has no gradient either
+
     def forward(self, x: Tensor, output: Tensor, linear: nn.Module) -> Tensor:
-        ratio = self.magnitude / self.norm(linear)
+        ratio = self.ratio(linear)
         bias: Any = linear.bias
         added = self.low.change(x)
         product = added + (output if bias is None else output - bias)  # x Vᵀ
         return output + added + product * (ratio - 1).to(product.dtype)  # exactly the output as long as ratio is 1
 
     def fold(self, linear: nn.Linear) -> None:
-        ratio = self.magnitude / self.norm(linear)
+        ratio = self.ratio(linear)
         linear.weight.add_(self.low.weight()).mul_(ratio[:, None])
 
 

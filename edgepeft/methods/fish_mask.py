@@ -18,10 +18,12 @@ CHILD = "fisher"
 
 @dataclass(frozen=True, kw_only=True)
 class FishMask(Method):
-    """A fixed sparse mask over all weights, from the squared gradients of single examples before training.
+    """A fixed sparse mask over the weights, from the squared gradients of single examples before training.
 
     These are the diagonal of the empirical Fisher information, that of the data's own labels (section 2.2). They take
-    one fp32 number a weight, and a gradient of each, while they are gathered; training takes next to nothing.
+    one fp32 number a weight, and a gradient of each, while they are gathered; training takes next to nothing. They are
+    gathered with dropout, where the authors' code has none. The weights are those of layers, norms, embeddings and
+    token logits; the pooler of a BERT stays as it is.
     """
 
     paper = Paper("Training Neural Networks with Fixed Sparse Masks", 2021, "2111.09839")

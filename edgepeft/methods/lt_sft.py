@@ -17,9 +17,10 @@ from edgepeft.stage import Stage
 class LTSFT(Method):
     """The lottery ticket of a fine-tuning: the entries furthest from where they started, trained again from there.
 
-    The first stage trains the change of every weight but those of norms, embeddings too, so that it takes the memory of
-    full tuning. A classifier's head is dense in both stages and is not rewound. The matrix of token logits stays as it
-    is, tied or not: nearly all entries that move furthest would be its, and none of them helps.
+    The first stage trains the change of every weight of layers and embeddings but those of norms, so that it takes the
+    memory of full tuning. A classifier's head is dense in both stages and is not rewound; the pooler of a BERT stays as
+    it is. So does the matrix of token logits, tied or not: nearly all entries that move furthest would be its, and none
+    of them helps.
     """
 
     paper = Paper("Composable Sparse Fine-Tuning for Cross-Lingual Transfer", 2022, "2110.07560")

@@ -22,6 +22,7 @@ class MAM(Method):
     """Mix-and-match: prefix tuning where a few parameters change attention most, wide adapters beside feed-forwards.
 
     The prefix is made by a network while training, as in prefix tuning; the adapters are those of ``parallel``.
+    Lengths, widths and scale are the paper's for summarisation (XSum), the learning rate is the one for classification.
     """
 
     paper = Paper("Towards a Unified View of Parameter-Efficient Transfer Learning", 2021, "2110.04366")

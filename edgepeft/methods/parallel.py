@@ -16,7 +16,8 @@ from edgepeft.placements import bottleneck
 class Parallel(Method):
     """h → h + scale · up(relu(down(x))), where x is what the feed-forward reads and h what it gives.
 
-    The bottleneck starts at zero, as LoRA does.
+    The bottleneck starts at zero, as LoRA does. Its width and scale are the paper's for summarisation (XSum), the
+    learning rate is the one for classification.
     """
 
     paper = Paper("Towards a Unified View of Parameter-Efficient Transfer Learning", 2021, "2110.04366")

@@ -18,7 +18,7 @@ class PHMAdapter(Method):
 
     The adapter that Compacter is measured against in its paper (arXiv 2106.04647), of which placement, activation and
     initialisation are. The learning rate is that of its authors' script, phm_adapters.json of rabeehk/compacter, whose
-    ``n`` is 12, which divides fewer models' widths.
+    ``n`` is 12, which divides fewer models' widths, and which trains the layer norms as well.
     """
 
     paper = Paper(

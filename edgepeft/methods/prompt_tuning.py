@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class PromptTuning(Method):
     """Trained embeddings stand before those of the input; an encoder-decoder reads them with its encoder.
 
-    They start as the embeddings of common tokens. A decoder reads the prompt once for a whole batch, and a sliding
-    window does not hide it.
+    They start as the embeddings of random tokens out of the first 5000, which are the common ones where a vocabulary is
+    sorted, as T5's is; a BERT's begins with unused tokens and single characters. A decoder reads the prompt once for a
+    whole batch, and a sliding window does not hide it.
     """
 
     paper = Paper("The Power of Scale for Parameter-Efficient Prompt Tuning", 2021, "2104.08691")

@@ -42,9 +42,9 @@ class Sensitivity(torch.optim.Optimizer):
 class SparseAdapter(Method):
     """Houlsby's adapters, four times as wide, a quarter of whose weights exist: Large-Sparse.
 
-    With ``snip`` the first update changes nothing but tells which weights matter. The share of weights that are kept is
-    that of every matrix, the "local" scope of the authors' code: so only these are trained, and stored with where they
-    are.
+    With ``snip`` the first update changes nothing but tells which weights matter; the authors' code adds up several
+    batches, without dropout. The share of weights that are kept is that of every matrix, the "local" scope of their
+    code, whose default is "global": so only these are trained, and stored with where they are.
     """
 
     paper = Paper(

@@ -100,11 +100,12 @@ def _zeros(parameter: Tensor) -> dict[str, Any]:
 
 
 def like(made: torch.optim.Optimizer, lr: float) -> AdamW | None:
-    """AdamW in 8 bits over the groups of one in full, with their decay and multiples of the rate; None for others."""
+    """AdamW in 8 bits over the groups of one in full, with all that a method says of them; None for others."""
     if not isinstance(made, (torch.optim.AdamW, rounding.AdamW)):
         return None
-    kept = ("params", "weight_decay", "lr_scale")
-    return AdamW([{key: group[key] for key in kept if key in group} for group in made.param_groups], lr=lr)
+    settings = made.defaults.keys() - {"weight_decay"}  # AdamW's own; a method's are what else is in its groups
+    groups = [{key: value for key, value in group.items() if key not in settings} for group in made.param_groups]
+    return AdamW(groups, lr=lr)
 
 
 def check(device: str) -> None:

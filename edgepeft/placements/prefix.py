@@ -18,7 +18,7 @@ from edgepeft.tasks import default_task
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-STD = 0.02  # of what starts random, as in BERT, GPT-2 and the prefix tuning of their authors
+STD = 0.02  # of what starts random, as in UniPELT's code; that of Li and Liang, and of He et al., has tokens of N(0, 1)
 
 # Why prefixes and prompts cannot be merged: a method's obstacle.
 OBSTACLE = "They are tokens that every other token attends to, and no weight of the backbone can stand for a token."

@@ -13,7 +13,7 @@ from edgepeft.placements.attention import PROMPT, RECORD
 from edgepeft.placements.ladder import named
 
 CHILD = "prompt"
-COMMON = 5000  # tokens that embeddings are taken from at the start: Lester et al., section 3.2; vocabularies are sorted
+COMMON = 5000  # tokens that embeddings are taken from at the start, the commonest of T5's: Lester et al., section 3.2
 
 
 class Prompt(nn.Module):
@@ -28,7 +28,7 @@ class Prompt(nn.Module):
 
 
 def from_vocabulary(model: Any, length: int) -> Tensor:
-    """Embeddings of random tokens out of the common ones, (length, hidden), fp32."""
+    """Embeddings of random tokens out of the first ones, (length, hidden), fp32."""
     table = model.get_input_embeddings().weight.detach()
     chosen = torch.randint(min(COMMON, len(table)), (length,), device=table.device)
     return table[chosen].float()

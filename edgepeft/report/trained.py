@@ -6,7 +6,7 @@ import math
 from statistics import median
 
 from edgepeft.report.figures import Series, curve, smoothed
-from edgepeft.report.markup import Html, counted, duration, join, memory, number, percent, table, tag
+from edgepeft.report.markup import Html, counted, duration, join, memory, number, table, tag
 from edgepeft.report.rundir import Run
 
 
@@ -40,9 +40,6 @@ def training_section(run: Run) -> Html:
 def _facts(run: Run, loss: list[tuple[int, float]]) -> dict[str, str]:
     facts: dict[str, str] = {}
     start, end = run.last("start"), run.last("end")
-    if start.get("parameters") and start.get("trainable") is not None:
-        share = start["trainable"] / start["parameters"]
-        facts["trainable"] = f"{start['trainable']:,} of {start['parameters']:,} parameters ({percent(share)})"
     if start.get("devices", 1) > 1:
         facts["devices"] = f"{start['devices']}, each with a copy of the model"
     if loss:

@@ -14,6 +14,8 @@ from typing import Any
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.runtime.device import Device, Prompt
 
+GENERATION = ("max_new_tokens", "temperature", "top_p", "stop", "seed")  # what Device.generate takes
+
 
 def main(argv: Sequence[str], prog: str = "python -m edgepeft.runtime") -> int:
     """Answer one text from a device folder; returns the exit code: 0, 1 (work failed) or 2 (bad input).
@@ -51,10 +53,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Classify a text, or answer it, with a device folder.")
     parser.add_argument("directory", type=Path, help="the folder that holds manifest.json")
     parser.add_argument("text", nargs="?", help="the text; standard input when left out")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="the most tokens to generate (default 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this probability")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    parser.add_argument("--max-new-tokens", type=int, help="the most tokens to generate (default 128)")
+    parser.add_argument("--temperature", type=float, help="0, the default, takes the likeliest token")
+    parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this probability")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--seed", type=int, help="makes sampling reproducible")
     parser.add_argument("--system", metavar="TEXT", help="a system message, for a model with a chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object with the answer and its speed")
@@ -63,8 +65,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _classify(device: Device, text: str, arguments: argparse.Namespace) -> None:
-    if arguments.system is not None:
-        raise UsageError(f"{device.manifest.model} is a classifier.", "It takes no system message.", "Drop --system.")
+    given = [f"--{name.replace('_', '-')}" for name in ("system", *GENERATION) if vars(arguments)[name] is not None]
+    if given:
+        model = device.manifest.model
+        raise UsageError(f"{model} is a classifier.", "It generates no text.", f"Drop {' and '.join(given)}.")
     start = time.perf_counter()
     ranking = device.classify(text)
     seconds = time.perf_counter() - start
@@ -81,14 +85,8 @@ def _generate(device: Device, text: str, arguments: argparse.Namespace) -> None:
     if arguments.system is not None:
         prompt = [{"role": "system", "content": arguments.system}, {"role": "user", "content": text}]
     start = time.perf_counter()
-    generation = device.generate(
-        prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        stop=arguments.stop,
-        seed=arguments.seed,
-    )
+    asked = {name: vars(arguments)[name] for name in GENERATION if vars(arguments)[name] is not None}
+    generation = device.generate(prompt, **asked)
     if arguments.json:
         answer = {"text": "".join(generation)}
         _print_json(answer, generation.tokens, time.perf_counter() - start)

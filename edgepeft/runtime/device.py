@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from edgepeft.runtime.sessions import Graph, open_graphs
 from edgepeft.runtime.template import render
 from edgepeft.runtime.text import Detokenizer, StopStrings, unclosed
 
+MOST_THREADS = 4  # for each core: more gain nothing, and many thousands take all memory
 Prompt = str | Sequence[dict[str, str]]
 """A text, or messages {"role", "content"} for a model with a chat template."""
 
@@ -78,11 +80,18 @@ class Device:
             threads: threads within one operator; None takes one per physical core.
 
         Raises:
-            UsageError: ``path`` is not a device folder, or ``threads`` is below 1.
+            UsageError: ``path`` is not a device folder, or ``threads`` is below 1 or far above the cores.
             EdgePeftError: a file is missing, corrupt, or not what the manifest says.
         """
         if threads is not None and threads < 1:
             raise UsageError(f"The number of threads is {threads}.", "", "Give 1 or more.")
+        cores = os.cpu_count() or 1
+        if threads is not None and threads > MOST_THREADS * cores:
+            raise UsageError(
+                f"The number of threads is {threads}.",
+                f"Each takes memory, and this machine has {cores} cores.",
+                f"Give {cores} or less; without --threads it is one per physical core.",
+            )
         directory = Path(path)
         found = manifest.read(directory)
         file = directory / manifest.TOKENIZER

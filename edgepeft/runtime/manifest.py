@@ -8,6 +8,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from edgepeft.chat import is_whole
 from edgepeft.errors import EdgePeftError, UsageError, nearest
 from edgepeft.files import sha256, size_bytes, write_json
 
@@ -100,6 +101,8 @@ def _folder_of(directory: Path) -> Path:
     if not (directory / MANIFEST).is_file():
         inside = directory / "device"
         remedy = f"Did you mean {inside}?" if (inside / MANIFEST).is_file() else _PASS_ANOTHER
+        if remedy is _PASS_ANOTHER and (directory / "recipe.toml").is_file():  # a run on its way there
+            remedy = f"`edgepeft export {directory}` makes it."
         raise UsageError(f"{directory} is not a device folder.", f"It holds no {MANIFEST}.", remedy)
     return directory
 
@@ -130,6 +133,8 @@ def _parse(path: Path) -> Manifest:
     manifest = Manifest(**fields)
     if manifest.task not in GRAPHS:
         raise EdgePeftError(f"{path} has the unknown task {manifest.task!r}.", "", nearest(manifest.task, GRAPHS))
+    if not is_whole(manifest.template):
+        raise _malformed(path, "'template' is neither plain text's nor a whole chat's")
     if manifest.task == "classification" and not manifest.labels:
         raise _malformed(path, "a classifier needs 'labels'")
     if manifest.task == "seq2seq" and manifest.decoder_start_token_id is None:

@@ -56,8 +56,9 @@ def distribution(
     Top-p keeps the smallest set of most likely tokens whose probability reaches ``top_p`` (Holtzman et al., 2020, "The
     Curious Case of Neural Text Degeneration").
     """
-    scaled = scores.astype(np.float64) / temperature
-    probabilities = np.exp(scaled - scaled.max())
+    exact = scores.astype(np.float64)
+    with np.errstate(over="ignore"):  # the likeliest is at 0 before it is divided: near 0 the others go to -inf
+        probabilities = np.exp((exact - exact.max()) / temperature)
     probabilities /= probabilities.sum()
     # Tokens below this bound weigh less than 1 - top_p together, so none is in the set: sorting the whole vocabulary
     # would cost more than a small model's forward pass.
