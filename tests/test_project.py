@@ -43,6 +43,7 @@ FLOORS = (
         "roofline",
         "surface",
         "ranks",
+        "shards",
     },
     {"methods", "foreign", "placements", "stage", "step"},
     {
@@ -71,9 +72,9 @@ FLOORS = (
     {"extrapolate", "measure"},
     {"traces"},
     {"plan"},
-    {"planning", "pipeline", "tables", "alternatives"},
-    {"plancommand", "worker"},
-    {"cli"},
+    {"planning", "runplan", "tables", "alternatives"},
+    {"plancommand", "pipeline"},
+    {"worker", "cli"},
     {"__main__"},
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
