@@ -384,7 +384,7 @@ def _refusing_unloadable(source: Source) -> Iterator[None]:
         raise EdgePeftError(
             f"The weights of {source.name} are damaged.", str(error), "Fetch the model again."
         ) from error
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         name, others = repr(source.name), [*beside(source.name), *catalog.names()]
         remedy = f"Check the name, the task and the network. {nearest(source.name, others)}"
         if source.known is not None:  # the name is right: only the weights are not here

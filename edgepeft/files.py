@@ -27,10 +27,11 @@ def refusing_full_disk(path: Path) -> Iterator[None]:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if not full and f"(os error {errno.ENOSPC})" not in str(error):  # safetensors says it in its message only
             raise
+        folder = next(parent for parent in path.parents if parent.exists() and not parent.name.endswith(".part"))
         raise EdgePeftError(
             f"The disk is full: {path} could not be written.",
             "What was finished before is still there.",
-            f"Free some space under {path.parent} and run the same command again; it goes on where it stopped.",
+            f"Free some space under {folder} and run the same command again; it goes on where it stopped.",
         ) from error
 
 

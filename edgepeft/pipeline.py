@@ -34,7 +34,7 @@ from edgepeft.answers import Questions
 from edgepeft.aside import device_after
 from edgepeft.backbone import Backbone, Source
 from edgepeft.catalog.fields import positions_left
-from edgepeft.data.tokens import pad_id
+from edgepeft.data.tokens import check_vocabulary, pad_id
 from edgepeft.errors import UsageError
 from edgepeft.evaluate import evaluate, validation_batches
 from edgepeft.files import remove_leftovers, size_bytes, write_json
@@ -138,6 +138,8 @@ class _Job:
             max_tokens=self.recipe.max_tokens or DEFAULT_TOKENS,
             max_target_tokens=self.recipe.max_target_tokens,
         )
+        largest = max(self.data.train.largest_token, self.data.validation.largest_token)
+        check_vocabulary(largest, getattr(self.config, "vocab_size", None), wanted.model)
         self.questions = Questions.of(self.data)
         self.recipe = dataclasses.replace(self.recipe, task=self.data.task)
         self.say(f"data: {self.data.described(self.recipe.max_tokens)}")

@@ -122,7 +122,8 @@ class Workspace:
         if not self.recipe.exists():
             if self.root.exists() and not self.root.is_dir():
                 raise UsageError(f"{self.root} is a file.", "A run is a folder.", "Choose another --out.")
-            if self.root.exists() and any(entry.name not in _BEFORE_THE_PLAN for entry in self.root.iterdir()):
+            others = [path.name for path in self.root.iterdir()] if self.root.exists() else []
+            if any(name not in _BEFORE_THE_PLAN and not name.endswith(".part") for name in others):
                 raise UsageError(
                     f"The folder {self.root} is not empty and holds no run of edgepeft.",
                     "Nothing in it was touched.",

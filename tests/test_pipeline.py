@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import training
 from transformers import AutoModelForSequenceClassification
 
 from edgepeft import ledger, pipeline
@@ -137,6 +138,16 @@ def test_a_method_that_does_not_fit_the_model_is_refused_before_the_data_is_toke
     with pytest.raises(UsageError, match=f"^{method} "):
         pipeline.run(classifier(method=method, options=options, lr=None), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+    home = Path(shutil.copytree(training.source("causal-lm"), tmp_path / "source"))
+    config = json.loads((home / "model" / "config.json").read_text())
+    (home / "model" / "config.json").write_text(json.dumps({**config, "vocab_size": 50}))
+    asked = Recipe(model=str(home / "model"), data=str(home / "data.jsonl"), method="lora")
+    with pytest.raises(UsageError, match="makes token [0-9]+, and the model knows 50") as caught:
+        pipeline.run(asked, tmp_path / "run")
+    assert "resize_token_embeddings" in caught.value.remedy and not (tmp_path / "run" / "recipe.toml").exists()
 
 
 def test_a_damaged_adapter_is_named(tuned: Path, tmp_path: Path) -> None:

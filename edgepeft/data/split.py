@@ -51,6 +51,8 @@ class Split:
         self.lengths: Numbers = pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
         self.target_lengths: Numbers = table["targets"].to_numpy().astype(np.int64)
         self.truncated: int = pc.sum(table["cut"]).as_py() or 0
+        tokens = [name for name in ("input_ids", "target_ids") if name in table.column_names]
+        self.largest_token: int = max(pad_id, *(pc.max(pc.list_flatten(table[name])).as_py() or 0 for name in tokens))
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -64,6 +64,20 @@ def check(
         )
 
 
+def check_vocabulary(largest: int, vocabulary: int | None, model: str) -> None:
+    """Refuse tokens that a model has no embedding for.
+
+    Raises:
+        UsageError: see above.
+    """
+    if vocabulary is not None and largest >= vocabulary:
+        raise UsageError(
+            f"The tokenizer of {model} makes token {largest}, and the model knows {vocabulary}.",
+            "Tokens were added to the one without the other, or they do not belong together.",
+            "Call model.resize_token_embeddings(len(tokenizer)) and save both, or fetch them again.",
+        )
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Changes with whatever changes the tokens of a text; padding and truncation do not, each call sets them."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
