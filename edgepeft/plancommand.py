@@ -26,7 +26,10 @@ def plan(
     task: flags.Task = None,
     method: Annotated[
         str | None,
-        typer.Option(help="A name, a dotted path, or all: every method, in the first precision that fits it well."),
+        typer.Option(
+            help="A name, a dotted path, or all: every method, in the first precision that fits it well. What was never"
+            " planned before is traced, which takes about a minute for all."
+        ),
     ] = None,
     precision: flags.Precision = None,
     optimizer: flags.Optimizer = None,
@@ -101,7 +104,7 @@ def plan(
 
     def planned(device: hardware.Hardware, /, **changes: Any) -> Plan:
         device = changes.pop("device", device)
-        progress = tables.quiet if as_json else tables.progress(f"tracing for {device.name}")
+        progress = tables.progress(f"tracing for {device.name}")
         return planning.plan_model(model, device, **{**asked, **changes}, progress=progress)
 
     if all_gpus:
@@ -161,7 +164,8 @@ def _inference(
 ) -> None:
     _needs("--target", target, "--infer", infer)
     if (gpu := training.pop("--gpu", None)) is not None:
-        raise UsageError("plan: --infer has a --target instead of a --gpu.", "", f"Use --target {gpu}.")
+        remedy = f"Use --target {gpu}." if target is None else "Leave --gpu out."
+        raise UsageError("plan: --infer has a --target instead of a --gpu.", "", remedy)
     _alone("--infer", True, training, "With --infer there is nothing to train.")
     from edgepeft import backbone, hardware, inferplan, tables
 

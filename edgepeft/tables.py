@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # each command loads what it shows; help and profiles must no
     from edgepeft.plan import Candidate, Plan
 
 GiB = 2**30
+SILENT_SECONDS = 5.0  # between two lines of progress that is not shown on a terminal
 WIDE = 208  # columns of a plan; narrower, its numbers would be cut
 _screen = Console()
 _aside = Console(stderr=True)
@@ -36,11 +38,16 @@ def quiet(*anything: Any) -> None:
 
 
 def progress(what: str) -> Callable[[int, int], None]:
-    """A counter that overwrites itself on a terminal."""
+    """A counter that overwrites itself on a terminal, and is a line now and then elsewhere."""
+    said = time.monotonic()
 
     def show(done: int, total: int) -> None:
+        nonlocal said
         if _aside.is_terminal:
             _aside.print(f"{what} {done}/{total}", end="\r" if done < total else "\n", highlight=False)
+        elif time.monotonic() - said > SILENT_SECONDS:
+            said = time.monotonic()
+            _aside.print(f"{what} {done}/{total}", highlight=False)
 
     return show
 
@@ -49,12 +56,12 @@ def profiles(found: Sequence[Hardware]) -> None:
     """All profiles, a line each."""
     table = Table(box=None, header_style="bold")
     table.add_column("profile", no_wrap=True)
-    table.add_column("device")
-    for column in ("memory", "free for a job", "GB/s", "bf16 TFLOP/s", "int8 TOP/s"):
-        table.add_column(column, justify="right")
+    table.add_column("device", overflow="ellipsis")
+    for column in ("memory\nGiB", "free for\na job", "GB/s", "bf16\nTFLOP/s", "int8\nTOP/s"):
+        table.add_column(column, justify="right", no_wrap=True)
     for each in found:
         rates = [f"{each.flops[kind] / 1e12:.1f}" if kind in each.flops else "–" for kind in ("bf16", "int8")]
-        sizes = [f"{each.memory_bytes / GiB:.1f} GiB", f"{each.available_bytes / GiB:.1f} GiB"]
+        sizes = [f"{each.memory_bytes / GiB:.1f}", f"{each.available_bytes / GiB:.1f}"]
         table.add_row(each.name, each.title, *sizes, f"{each.bandwidth / 1e9:.0f}", *rates)
     _screen.print(table)
 

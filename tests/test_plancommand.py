@@ -245,3 +245,15 @@ def test_a_narrow_terminal_shows_the_bytes_by_kind_too() -> None:
     for part in ("→", "lora", "nf4+", "12", "6.00", "0.25", "weights 3.00", "activations", "2.50", "in update"):
         assert part in shown
     assert "adapter" not in shown
+
+
+def test_progress_is_told_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show = tables.progress("tracing")
+    show(1, 4)
+    assert not capsys.readouterr().err, "not at once"
+    monkeypatch.setattr(tables, "SILENT_SECONDS", -1.0)
+    show(2, 4)
+    told = capsys.readouterr()
+    assert told.err == "tracing 2/4\n" and not told.out

@@ -106,6 +106,7 @@ def _told(of: manifest.Manifest) -> str:
     """What whoever finds the folder needs to know."""
     does = {"classification": "classifies a text", "causal-lm": "goes on from a text", "seq2seq": "answers a text"}
     labels = f" Labels: {', '.join(of.labels)}." if of.labels else ""
+    call = 'Device.load(".").classify("...")' if of.labels else '"".join(Device.load(".").generate("..."))'
     return f"""# {Path(of.model).name}, tuned by {of.method}, {of.precision} graph
 
 It {does[of.task]} of up to {of.max_tokens} tokens.{labels} To run it, here in this folder:
@@ -115,7 +116,7 @@ pip install onnxruntime tokenizers numpy && pip install --no-deps edgepeft
 python -m edgepeft.runtime . "..."
 ```
 
-In Python: `from edgepeft.runtime.device import Device; Device.load(".")`. Made by edgepeft {of.edgepeft}.
+In Python: `from edgepeft.runtime.device import Device`, then `{call}`. Made by edgepeft {of.edgepeft}.
 """
 
 
