@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 from tiny_tokenizers import CHATML, byte_level, unigram, word_piece
 
 from edgepeft.data import Data, load
-from edgepeft.data.columns import recognise
 from edgepeft.data.read import rows
 from edgepeft.errors import UsageError
 
@@ -151,47 +149,6 @@ def test_labels_are_sorted_as_numbers_when_they_are(tmp_path: Path) -> None:
     assert reviews(tmp_path, source).labels == tuple(str(i) for i in range(1, 12))
     source = write_jsonl(tmp_path / "b.jsonl", [{"text": "a", "label": bool(i % 2)} for i in range(50)])
     assert reviews(tmp_path, source).labels == ("false", "true")
-
-
-@pytest.mark.parametrize(
-    ("found", "task", "columns", "expected"),
-    [
-        ("text label", None, {}, "classification text label"),
-        ("prompt completion id", None, {}, "causal-lm prompt completion"),
-        ("input target", "seq2seq", {}, "seq2seq input target"),
-        ("messages", None, {}, "causal-lm messages"),
-        ("text", "causal-lm", {}, "causal-lm text"),
-        ("review stars", None, {"text": "review", "label": "stars"}, "classification review stars"),
-        ("text stars", None, {"label": "stars"}, "classification text stars"),
-        ("prompt completion", "seq2seq", {"input": "prompt", "target": "completion"}, "seq2seq prompt completion"),
-        ("text label", "causal-lm", {"text": "text"}, "causal-lm text"),
-        ("prompt completion messages", None, {"messages": "messages"}, "causal-lm messages"),
-        ("text label input target", "seq2seq", {}, "seq2seq input target"),
-    ],
-)
-def test_columns_recognised(found: str, task: str | None, columns: Mapping[str, str], expected: str) -> None:
-    layout = recognise("a.csv", found.split(), task=task, columns=columns)
-    assert " ".join([layout.task, *layout.columns]) == expected
-
-
-@pytest.mark.parametrize(
-    ("found", "task", "columns", "message"),
-    [
-        ("text", None, {}, "does not fit any task.\na.csv has the columns text.\nAccepted: text . label"),
-        ("body mark", None, {}, "does not fit any task.\na.csv has the columns body, mark"),
-        ("prompt completion messages", None, {}, "more than one layout: prompt . completion .* and messages"),
-        ("text label", "seq2seq", {}, "does not fit the task seq2seq.\n.*text . label for classification"),
-        ("text label", "causal-lm", {}, "does not fit the task causal-lm"),
-        ("text", "classification", {}, "does not fit the task classification"),
-        ("text label", "translation", {}, "no task 'translation'"),
-        ("review stars", None, {"text": "reviews", "label": "stars"}, "no column 'reviews'.\n.*\n.*review?"),
-        ("review stars", None, {"txt": "review"}, "no field 'txt'.*\n.*\n.*text?"),
-        ("text label stars", None, {"label": "stars", "target": "label"}, "does not fit any task"),
-    ],
-)
-def test_columns_refused(found: str, task: str | None, columns: Mapping[str, str], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        recognise("a.csv", found.split(), task=task, columns=columns)
 
 
 def test_settings_that_leave_no_room_are_refused(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from edgepeft.chat import PLAIN
-from edgepeft.data.columns import Layout, recognise
+from edgepeft.data.columns import Layout
 from edgepeft.data.encode import Encoder
 from edgepeft.data.partition import check_labels, classes_of, partition
+from edgepeft.data.recognise import recognise
 from edgepeft.data.source import Source, sources
 from edgepeft.data.split import Split
 from edgepeft.data.store import quietly, write_encoded, write_rows
@@ -129,7 +130,7 @@ def _opened(
 ) -> tuple[Source, Source | None, Layout]:
     training, validating = sources(source, validation)
     _, first = training.first()
-    return training, validating, recognise(training.name, first.keys(), task=task, columns=columns or {})
+    return training, validating, recognise(training.name, first, task=task, columns=columns or {})
 
 
 def _parts(
