@@ -52,7 +52,11 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "  ", "label": 1}\n', "a.jsonl, line 2: 'text' is empty"),
         ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "b", "label": null}\n', "line 2: 'label' is empty"),
         ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": 3, "label": 1}\n', "line 2: 'text' should be text"),
-        ("a.jsonl", b'{"text": "a", "label": 0.5}\n', "line 1: 'label' should be text or a whole number"),
+        (
+            "a.jsonl",
+            b'{"text": "a", "label": 0.5}\n',
+            "line 1: 'label' should be text or a whole number.\n.*\n.*to predict",
+        ),
         ("a.jsonl", b"\n \n", "a.jsonl holds no data"),
         ("a.csv", b"text,label\n", "a.csv holds no data"),
         ("a.csv", b"text,label\na,1\nb\n", "a.csv, line 3: the row is malformed.\nIt has 1 fields"),
@@ -130,7 +134,7 @@ def test_folder_with_splits(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no training data"):
         reviews(tmp_path, tmp_path / "other")
     write_jsonl(tmp_path / "other" / "train.jsonl", REVIEWS)
-    with pytest.raises(UsageError, match="has no validation split"):
+    with pytest.raises(UsageError, match="has no validation split[\\s\\S]*--set validation=FILE"):
         reviews(tmp_path, tmp_path / "train-00000-of-00002.jsonl", validation=str(tmp_path / "other"))
 
 
@@ -142,6 +146,40 @@ def test_label_seen_only_in_validation_is_named(tmp_path: Path) -> None:
     write_jsonl(held_out, [])
     with pytest.raises(UsageError, match="held.jsonl holds no data"):
         reviews(tmp_path, train, validation=str(held_out))
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (lambda i: f"name {i}", "'label' has 60 different values in 60 rows.\nEach would be a class"),
+        (lambda i: i, "'label' has 60 different values in 60 rows."),
+        (
+            lambda i: f"{i // 3 / 7 if i < 12 else i / 7:.2f}",
+            "has 52 different values in 60 rows.\n48 of them would be",
+        ),
+    ],
+)
+def test_labels_that_are_no_classes_are_told_from_too_few_rows(tmp_path: Path, label: Any, message: str) -> None:
+    rows = [{"text": f"film {i}", "label": label(i), "class": i % 2} for i in range(60)]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UsageError, match=message) as refusal:
+        reviews(tmp_path, source)
+    assert "number to predict" in refusal.value.remedy
+    assert "--set columns.label=NAME (NAME is one of class)" in refusal.value.remedy
+    assert reviews(tmp_path, source, columns={"label": "class"}).labels == ("0", "1")
+    # With data of its own to validate on, a class may have one example; a number is none however it is validated.
+    if isinstance(label(0), str) and label(0) == "0.00":
+        with pytest.raises(UsageError, match=message):
+            reviews(tmp_path, source, validation=str(source))
+    else:
+        assert len(reviews(tmp_path, source, validation=str(source)).labels) == 60
+
+
+def test_few_rows_are_missing_rows(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": f"film {i}", "label": i} for i in range(9)])
+    with pytest.raises(UsageError, match="With 9 examples there is none") as refusal:
+        reviews(tmp_path, source)
+    assert "--set validation=FILE" in refusal.value.remedy
 
 
 def test_labels_are_sorted_as_numbers_when_they_are(tmp_path: Path) -> None:

@@ -49,10 +49,12 @@ class Layout:
             elif isinstance(value, str):
                 values[field] = value
             else:
-                expected = "text or a whole number" if field == "label" else "text"
-                raise UsageError(
-                    f"{where}: {column!r} should be {expected}.", f"It is {value!r:.80}.", "Correct the row."
-                )
+                expected, remedy = "text", "Correct the row."
+                if field == "label":
+                    expected = "text or a whole number"
+                    remedy += " A number to predict is not supported; another column is named by"
+                    remedy += " --set columns.label=NAME"
+                raise UsageError(f"{where}: {column!r} should be {expected}.", f"It is {value!r:.80}.", remedy)
         return values
 
 

@@ -57,7 +57,7 @@ def sources(source: str, validation: str | None) -> tuple[Source, Source | None]
         raise UsageError(
             f"{validation} has no validation split.",
             f"It has {', '.join(other)}.",
-            "Name a file to validate on, or leave the choice of a validation split to edgepeft.",
+            "Name a file to validate on, --set validation=FILE, or none: a share of the training data is then kept.",
         )
     return found["train"], other["validation"]
 
