@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         writer = csv.DictWriter(file, ["text", "label"])
         writer.writeheader()
         writer.writerows(examples)
+    with (tmp_path / "a.tsv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([["text", "label"], *(example.values() for example in examples)])
     pq.write_table(pa.Table.from_pylist(examples), tmp_path / "a.parquet")
-    for path in (jsonl, tmp_path / "a.csv", tmp_path / "a.parquet"):
+    for path in (jsonl, tmp_path / "a.csv", tmp_path / "a.tsv", tmp_path / "a.parquet"):
         assert [row for _, row in rows(path)] == examples
     # A quoted field may span lines: the row stands where it begins.
     assert [where for where, _ in rows(tmp_path / "a.csv")] == [f"{tmp_path}/a.csv, line {n}" for n in (2, 4)]
@@ -57,10 +60,19 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
             b'{"text": "a", "label": 0.5}\n',
             "line 1: 'label' should be text or a whole number.\n.*\n.*to predict",
         ),
+        (
+            "a.jsonl",
+            b'{"text": "a \\ud83d\\ude00", "label": 1}\n{"text": "good \\ud83d here", "label": 1}\n',
+            r"a.jsonl, line 2: the row is malformed.\nIt has '\\ud83d', half of a character",
+        ),
+        ("a.jsonl", b'{"text": "a", "label": 1, "\\udc00": 2}\n', "a.jsonl, line 1: the row is malformed"),
         ("a.jsonl", b"\n \n", "a.jsonl holds no data"),
         ("a.csv", b"text,label\n", "a.csv holds no data"),
         ("a.csv", b"text,label\na,1\nb\n", "a.csv, line 3: the row is malformed.\nIt has 1 fields"),
         ("a.csv", b'text,label\na,1\n"b,1\n', "a.csv, line 3: the row is malformed"),
+        ("a.tsv", b"text\tlabel\na\t1\nb\n", "a.tsv, line 3: the row is malformed.\nIt has 1 fields"),
+        ("a.tsv", b"text,label\na,1\n", "line 1: the columns are separated by ','.\n.*\nRename it to .*/a.csv"),
+        ("a.csv", b"text\tlabel\na\t1\n", r"line 1: the columns are separated by '\\t'.\n.*\nRename it to .*/a.tsv"),
         ("a.csv", b"text,text\na,1\n", "a.csv, line 1: .*\nThe header must name every column once"),
         ("a.csv", b"text,label\na,\n", "a.csv, line 2: 'label' is empty"),
         ("a.parquet", b"PAR1 and then nothing", "a.parquet cannot be read"),
@@ -80,6 +92,29 @@ def test_bad_files_are_named_with_line(tmp_path: Path, name: str, content: bytes
         load(str(tmp_path / name), tokenizer=byte_level(chat_template=CHATML), cache=tmp_path / "cache", max_tokens=16)
     assert refusal.value.exit_code == 2
     assert list((tmp_path / "cache").glob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "written"),
+    [
+        ("a b.csv", '\ufeff"text";label\n"a; \u6f22,\nb";1\n', "commas-a b.csv"),
+        ("a.csv", 'text|label\n"a; \u6f22,\nb"|1\n', "commas-a.csv"),
+        ("a.json", '[{"text": "a; \u6f22,\\nb",\n "label": "1"}]', "lines-a.json"),
+    ],
+)
+def test_what_is_written_otherwise_comes_with_a_command_that_rewrites_it(
+    tmp_path: Path, name: str, content: str, written: str
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match="separated by|one JSON array") as refusal:
+        list(rows(tmp_path / name))
+    subprocess.run(refusal.value.remedy.splitlines()[1], shell=True, check=True)
+    assert [row for _, row in rows(tmp_path / written)] == [{"text": "a; \u6f22,\nb", "label": "1"}]
+
+
+def test_a_comma_in_the_name_of_the_only_column_separates_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('"text, long"\na\n')
+    assert [row for _, row in rows(tmp_path / "a.csv")] == [{"text, long": "a"}]
 
 
 def test_bad_parquet_row_is_named(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def load(
     ``completion``, ``input`` + ``target``, ``messages``, or ``text`` alone with ``task="causal-lm"``.
 
     Args:
-        source: a .jsonl, .json (lines), .csv or .parquet file, a folder with ``train.*`` and perhaps
+        source: a .jsonl, .json (lines), .csv, .tsv or .parquet file, a folder with ``train.*`` and perhaps
             ``validation.*``, or a hub data set ``name`` or ``name:config``.
         columns: ``{field: column}`` for columns with other names, e.g. ``{"text": "review"}``.
         validation: where the validation examples are; if the source has none, ``validation_fraction`` of the training

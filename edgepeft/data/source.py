@@ -114,7 +114,7 @@ def _hub(source: str) -> dict[str, Source]:
         raise UsageError(
             f"The data set {source} could not be loaded.",
             f"There is no file or folder of that name here, and the hub says: {error}",
-            _meant(source) or "Check the name and the network, or give a local file (.jsonl, .csv, .parquet).",
+            _meant(source) or "Check the name and the network, or give a local file (.jsonl, .csv, .tsv, .parquet).",
         ) from error
     if "train" not in loaded:
         raise UsageError(
