@@ -158,7 +158,7 @@ def test_examples_of_one_input_are_held_out_together(tmp_path: Path, rows: list[
     for _ in range(2):  # built, and found again
         data = load(str(train), tokenizer=make(), cache=tmp_path / "cache", max_tokens=64, validation=str(held))
         assert data.repeated == 1
-        assert data.described(64).endswith("; the input of 1 of validation is in the training data too")
+        assert data.described(64).endswith("; 1 of validation have their input in the training data too")
 
 
 def sample(tmp_path: Path, tokenizer: Any, count: int = 60, **options: Any) -> Data:

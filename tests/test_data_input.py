@@ -200,7 +200,7 @@ def test_labels_that_are_no_classes_are_told_from_too_few_rows(tmp_path: Path, l
     with pytest.raises(UsageError, match=message) as refusal:
         reviews(tmp_path, source)
     assert "number to predict" in refusal.value.remedy
-    assert "--set columns.label=NAME (NAME is one of class)" in refusal.value.remedy
+    assert "--set columns.label=NAME, where NAME is one of class" in refusal.value.remedy
     assert reviews(tmp_path, source, columns={"label": "class"}).labels == ("0", "1")
     # With data of its own to validate on, a class may have one example; a number is none however it is validated.
     if isinstance(label(0), str) and label(0) == "0.00":

@@ -50,7 +50,7 @@ class Data:
         """How many examples there are, how many were cut at ``max_tokens``, and how many are in both parts."""
         parts = (("train", self.train), ("validation", self.validation))
         cut = ", ".join(f"{part.truncated} of {name} cut at {max_tokens} tokens" for name, part in parts)
-        both = f"; the input of {self.repeated} of validation is in the training data too" if self.repeated else ""
+        both = f"; {self.repeated} of validation have their input in the training data too" if self.repeated else ""
         return f"{len(self.train)} to train on, {len(self.validation)} to validate; {cut}{both}"
 
 

@@ -73,12 +73,13 @@ def check_classes(name: str, label: str, classes: Classes, others: Sequence[str]
     if rows < FEW or 2 * singles <= rows or (apart and not _fractions(classes.names)):
         return
     each = "Each" if singles == rows else f"{singles} of them"
-    columns = f" (NAME is one of {', '.join(others)})" if others else ""
+    remedy = "If it is a number to predict: that is not supported; labels such as low and high are."
+    if others:
+        remedy += f" If it is the wrong column: --set columns.label=NAME, where NAME is one of {', '.join(others)}"
     raise UsageError(
         f"{name}: {label!r} has {len(classes.names)} different values in {rows} rows.",
         f"{each} would be a class that is seen once.",
-        "Is it a number to predict? That is not supported; labels such as low and high are. Or is it the wrong column? "
-        f"Name the right one: --set columns.label=NAME{columns}",
+        remedy,
     )
 
 
