@@ -32,6 +32,7 @@ def test_an_epoch_is_every_example_once_in_an_order_of_its_own() -> None:
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert microbatches(lengths, 8, seed=3, epoch=1) == epochs[1]
     assert microbatches(lengths, 8, seed=4, epoch=1) != epochs[1]
+    assert microbatches(lengths, 8, seed=3 + 2**32, epoch=1) == epochs[1]  # the stage after the largest seed's
     unsorted = [list(range(i, min(i + 8, 1003))) for i in range(0, 1003, 8)]
     assert padding(epochs[0], lengths) < 0.2 * padding(unsorted, lengths)
     # Random over the epoch: the long batches are not gathered at one end.
