@@ -8,6 +8,8 @@ from pathlib import Path
 from edgepeft import adapter, interop
 from edgepeft import recipe as recipes
 from edgepeft.data import Data, task_of
+from edgepeft.data.columns import needed
+from edgepeft.data.recognise import Misfit
 from edgepeft.errors import UsageError
 from edgepeft.files import atomic_directory
 from edgepeft.interop.folder import CONFIG
@@ -18,6 +20,7 @@ from edgepeft.workspace import Workspace, fingerprint
 
 MICROBATCH = 8  # of the evaluations that follow; nothing is trained
 _STAGE = "brought"
+_OF = {"classification": "a classifier's", "causal-lm": "a language model's", "seq2seq": "a seq2seq model's"}
 
 
 def begin(source: Path, out: Path, *, data: str, model: str | None = None) -> tuple[str, ...]:
@@ -54,7 +57,7 @@ def begin(source: Path, out: Path, *, data: str, model: str | None = None) -> tu
                 "Merge and export the run itself: edgepeft merge RUN, edgepeft export RUN.",
             )
         adapter.check(space.adapter, base.create(card.method, card.options), card.model)
-        task_of(data, task=card.task)
+        _check_data(data, card.task)
         chosen = Recipe(
             model=card.model,
             data=data,
@@ -69,6 +72,19 @@ def begin(source: Path, out: Path, *, data: str, model: str | None = None) -> tu
         recipes.write(chosen, space.recipe)
         space.finish(_STAGE, fingerprint(space.adapter / adapter.TENSORS))
     return notes
+
+
+def _check_data(data: str, task: str) -> None:
+    """Refuse data of another task than the adapter's: its task is what it is, and no flag makes it another.
+
+    Raises:
+        UsageError: see above.
+    """
+    try:
+        task_of(data, task=task)
+    except Misfit as error:
+        remedy = f"The adapter is {_OF[task]}; give data with {needed(task)}."
+        raise UsageError(error.fact, error.cause, remedy) from error
 
 
 def is_here(space: Workspace) -> bool:

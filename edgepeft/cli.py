@@ -27,7 +27,7 @@ app = typer.Typer(
 
 Model = Annotated[str | None, typer.Option("--model", help="A folder, a GGUF file, a catalogue name or a hub id.")]
 DataOption = Annotated[
-    str | None, typer.Option("--data", help="A .jsonl, .csv or .parquet file, a folder, or a hub data set.")
+    str | None, typer.Option("--data", help="A .jsonl, .csv, .tsv or .parquet file, a folder, or a hub data set.")
 ]
 Out = Annotated[Path, typer.Option("--out", help="The folder of the run.")]
 RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.")]

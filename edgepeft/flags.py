@@ -19,4 +19,4 @@ SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Longest sequence 
 TargetLen = Annotated[int | None, typer.Option("--target-len", help="Longest target in tokens (seq2seq).")]
 GlobalBatch = Annotated[int | None, typer.Option("--global-batch", help="Examples of one update.")]
 Recipe = Annotated[Path | None, typer.Option("--recipe", help="A recipe.toml.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe; repeatable.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe (docs/recipe.md); repeatable.")]

@@ -19,6 +19,7 @@ from edgepeft.surface import ADAMW, DDP, EIGHT_BIT, OPTIMIZERS, STRATEGIES
 
 PRECISIONS = ("fp32", "bf16", "int8", "nf4")
 VARIANTS = ("fp32", "int8", "int4")  # ONNX precisions
+MOST = {"seed": 2**32 - 1, "epochs": 1_000_000}
 _POSITIVE = (
     *("max_tokens", "max_target_tokens", "validation_limit", "microbatch", "global_batch", "epochs", "max_steps"),
     *("devices", "lr", "clip_norm", "evaluations", "patience"),
@@ -32,15 +33,16 @@ class Recipe:
     model: str
     """A folder, a GGUF file, a name of the catalogue or a hub id."""
     data: str
-    """A .jsonl, .csv or .parquet file, a folder with train and validation files, or a data set of the hub."""
+    """A .jsonl, .csv, .tsv or .parquet file, a folder with train and validation files, or a data set of the hub."""
     task: str | None = None
     """classification, causal-lm or seq2seq; read from the data's columns when not given."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Which columns are text, label, prompt, completion, input, target or messages, where they are named otherwise."""
+    """Which columns are text, label, prompt, completion, input, target or messages, where they are named otherwise:
+    `columns.text=review`."""
     validation: str | None = None
-    """A file or split to validate on; otherwise a share of the data is kept for it."""
+    """A file to validate on, or a folder or data set with a validation split; otherwise a share of the data is kept."""
     validation_fraction: float = 0.1
-    """That share."""
+    """That share; examples of equal inputs are kept together."""
     validation_limit: int = 500
     """Examples of the validation split that an evaluation uses at most."""
     max_tokens: int | None = None
@@ -57,7 +59,7 @@ class Recipe:
     method: str | None = None
     """A method's name, or the dotted path of one of your own."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """The method's hyper-parameters; `edgepeft methods NAME` lists them."""
+    """The method's hyper-parameters, such as `options.rank=16`; `edgepeft methods NAME` lists them."""
     precision: str | None = None
     """fp32, bf16, int8 or nf4."""
     microbatch: int | None = None
@@ -88,10 +90,11 @@ class Recipe:
     patience: int | None = None
     """Evaluations in a row without improvement after which training stops early."""
     seed: int = 0
-    """Of everything random: data order, split, initialisation, dropout."""
+    """Of everything random: data order, split, initialisation, dropout; from 0 to 4294967295."""
 
     variants: tuple[str, ...] = ("int8",)
-    """ONNX precisions that are made besides fp32; the smallest one that keeps the fine-tune goes to the device."""
+    """ONNX precisions that are made besides fp32, of int8 and int4; the smallest one that keeps the fine-tune goes to
+    the device."""
     trust_remote_code: bool = False
     """Run code that a model repository brings along."""
 
@@ -104,14 +107,14 @@ class Recipe:
         return f"{self.method} on {self.precision}, microbatch {self.microbatch}{again}"
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(Recipe)
-        for entry in dataclasses.fields(self):
-            value = getattr(self, entry.name)
-            if not _fits(value, hints[entry.name]) or (isinstance(value, float) and not math.isfinite(value)):
+        for name, hint in typing.get_type_hints(Recipe).items():
+            value = getattr(self, name)
+            if not _fits(value, hint) or (isinstance(value, float) and not math.isfinite(value)):
                 raise UsageError(
-                    f"recipe: {entry.name} = {value!r} is not of the right type.",
-                    f"Expected {_described(hints[entry.name])}.",
-                    'In a file or after --set, lists and text are written as TOML has them: variants = ["int8"].',
+                    f"recipe: {name} = {_shown(value)} is not of the right type.",
+                    f"Expected {in_words(hint)}.",
+                    "After --set, for instance: epochs=3, checkpointing=true, variants=int4, columns.text=review. "
+                    "docs/recipe.md lists all.",
                 )
         for name in _POSITIVE:
             value = getattr(self, name)
@@ -127,6 +130,9 @@ class Recipe:
         for name in ("seed", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UsageError(f"recipe: {name} = {getattr(self, name)} must not be negative.", "", "")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise UsageError(f"recipe: {name} = {getattr(self, name)} is too large.", "", f"Give at most {most}.")
         if not 0 <= self.warmup < 1 or not 0 < self.validation_fraction < 1:
             raise UsageError("recipe: warmup and validation_fraction are shares between 0 and 1.", "", "")
         for value, known in (
@@ -170,6 +176,9 @@ def create(values: Mapping[str, Any]) -> Recipe:
     fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
+    for name, hint in typing.get_type_hints(Recipe).items():
+        if typing.get_origin(hint) is tuple and isinstance(fields.get(name), str):
+            fields[name] = (fields[name],)  # one name is a list of one
     return Recipe(**fields)
 
 
@@ -244,6 +253,23 @@ def dumps(recipe: Recipe) -> str:
     return "\n".join(plain) + "\n" + "".join(f"\n{table}\n" for table in tables)
 
 
+def in_words(hint: Any) -> str:
+    """A field's type as people say it; that some may be left out is not part of it."""
+    if isinstance(hint, UnionType):
+        [hint] = (part for part in typing.get_args(hint) if part is not type(None))
+    return _IN_WORDS[typing.get_origin(hint) or hint]
+
+
+_IN_WORDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple: "a list of names",
+    Mapping: "a table",
+}
+
+
 def _key(key: str) -> str:
     return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
 
@@ -270,5 +296,6 @@ def _fits(value: Any, hint: Any) -> bool:
     return hint is Any or isinstance(value, origin)
 
 
-def _described(hint: Any) -> str:
-    return str(hint).replace("<class '", "").replace("'>", "")
+def _shown(value: Any) -> str:
+    """As a user wrote it; dates, which TOML has and recipes have not, as they are."""
+    return str(value) if isinstance(value, float) else json.dumps(value, default=str, ensure_ascii=False)

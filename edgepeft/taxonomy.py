@@ -19,16 +19,9 @@ def describe(method: type[base.Method]) -> dict[str, Any]:
             "edgepeft does not describe what HF PEFT can do.", "Its documentation does.", "Or see docs/peft.md."
         )
     name = method.__module__.removeprefix(f"{base.__package__}.")
-    body = ast.parse(inspect.getsource(method)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    meanings = {  # a field's meaning is the string below it
-        entry.target.id: text.value.value
-        for entry, text in zip(body.body, body.body[1:], strict=False)
-        if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name)
-        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-    }
+    said = meanings(method)
     options = [
-        {"name": field.name, "default": field.default, "meaning": meanings.get(field.name, "")}
+        {"name": field.name, "default": field.default, "meaning": said.get(field.name, "")}
         for field in dataclasses.fields(method)
     ]
     return {
@@ -43,6 +36,18 @@ def describe(method: type[base.Method]) -> dict[str, Any]:
         "aliases": dict(method.aliases),
         "learning_rate": method.learning_rate,
         "options": options,
+    }
+
+
+def meanings(kind: type) -> dict[str, str]:
+    """What the fields of a dataclass mean: the string below each."""
+    body = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        entry.target.id: str(text.value.value)
+        for entry, text in zip(body.body, body.body[1:], strict=False)
+        if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
     }
 
 

@@ -65,7 +65,7 @@ def test_unknown_method() -> None:
         ("lora", {"rank": 4.0}, "with rank = 4.0.\nIt must be a whole number"),
         ("lora", {"rank": True}, "with rank = True.\nIt must be a whole number"),
         ("lora", {"alpha": True}, "with alpha = True.\nIt must be a number"),
-        ("lora", {"targets": "query"}, "with targets = 'query'.\nIt must be a list of texts"),
+        ("lora", {"targets": 8}, "with targets = 8.\nIt must be a list of texts"),
         ("lora", {"targets": [1]}, "with targets = (1,).\nIt must be a list of texts"),
         ("lora", {"rank": 0}, "with rank = 0.\nIt must be at least 1"),
         ("lora", {"dropout": 1.0}, "with dropout = 1.0.\nIt must be a probability below 1"),

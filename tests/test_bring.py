@@ -75,6 +75,29 @@ def test_what_peft_trained_in_its_own_layers_is_not_brought(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    ("task", "row", "needs"),
+    [
+        ("classification", {"prompt": "a", "completion": "b"}, "a classifier's; give data with text and label."),
+        ("classification", {"review": "a", "stars": "b"}, "a classifier's; give data with text and label."),
+        ("causal-lm", {"text": "a", "label": "b"}, "give data with prompt and completion, messages or text."),
+        ("seq2seq", {"prompt": "a", "completion": "b"}, "give data with input and target."),
+        ("causal-lm", {"prompt": "a", "completion": "b", "messages": [{}]}, "language model's; give data with prompt"),
+    ],
+)
+def test_data_of_another_task_is_refused_with_what_the_adapter_needs(
+    task: str, row: dict[str, Any], needs: str, tmp_path: Path
+) -> None:
+    """`edgepeft adapter` has neither --task nor --set."""
+    folder = tmp_path / "adapter"
+    tuned, method = tiny.adapted("llama", "lora")
+    adapter.save(folder, tuned.model, adapter.card(method, model="m", task=task, precision="fp32", labels=None, seed=0))
+    (tmp_path / "data.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    refused = edgepeft("adapter", folder, tmp_path / "run", "--data", tmp_path / "data.jsonl").exception
+    assert isinstance(refused, UsageError) and needs in refused.remedy
+    assert "--task" not in str(refused) and "--set" not in str(refused)
+
+
+@pytest.mark.parametrize(
     ("card", "arguments", "told"),
     [
         ({}, ("--data", "nowhere.jsonl"), "There is no file or folder nowhere.jsonl."),

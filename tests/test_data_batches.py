@@ -32,6 +32,7 @@ def test_an_epoch_is_every_example_once_in_an_order_of_its_own() -> None:
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert microbatches(lengths, 8, seed=3, epoch=1) == epochs[1]
     assert microbatches(lengths, 8, seed=4, epoch=1) != epochs[1]
+    assert microbatches(lengths, 8, seed=3 + 2**32, epoch=1) == epochs[1]  # the stage after the largest seed's
     unsorted = [list(range(i, min(i + 8, 1003))) for i in range(0, 1003, 8)]
     assert padding(epochs[0], lengths) < 0.2 * padding(unsorted, lengths)
     # Random over the epoch: the long batches are not gathered at one end.
@@ -88,6 +89,77 @@ def test_partition_trains_on_every_class() -> None:
         partition(1, 0.1, seed=0)
     with pytest.raises(UsageError, match="With 3 examples"):
         partition(3, 0.5, seed=0, codes=np.array([0, 1, 2]))
+
+
+def test_inputs_without_equals_do_not_change_what_is_held_out() -> None:
+    """What a run of an earlier version held out is held out still."""
+    inputs = np.random.RandomState(0).permutation(1003)
+    for codes in (None, np.arange(1003) % 700):
+        plain, aware = (partition(1003, 0.1, seed=7, codes=codes, inputs=given) for given in (None, inputs))
+        assert all(np.array_equal(a, b) for a, b in zip(plain, aware, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fraction", "held"),
+    [
+        ([2] * 50, 0.1, 10),
+        ([1] * 40 + [3] * 20, 0.25, 25),
+        ([2] * 5, 0.1, 2),  # a pair is more than the one example asked for, and the least there is
+        ([500, 500], 0.1, 500),
+        ([990, 4, 6], 0.1, 10),
+        ([60], 0.1, 6),  # all are equal: held out as if none were
+    ],
+)
+def test_equal_inputs_are_never_on_both_sides(sizes: list[int], fraction: float, held: int) -> None:
+    inputs = np.random.RandomState(3).permutation(np.repeat(np.arange(len(sizes)) * 1000 - 7, sizes))
+    for seed in range(20):
+        train, held_out = partition(len(inputs), fraction, seed=seed, inputs=inputs)
+        assert sorted([*train, *held_out]) == list(range(len(inputs))) and len(train) > 0
+        assert len(sizes) == 1 or not set(inputs[train]) & set(inputs[held_out])
+        assert len(held_out) == held
+        again = partition(len(inputs), fraction, seed=seed, inputs=inputs)
+        assert all(np.array_equal(a, b) for a, b in zip((train, held_out), again, strict=True))
+
+
+def test_a_class_goes_to_training_with_all_that_equals_its_inputs() -> None:
+    inputs = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
+    codes = np.array([0, 1, 0, 0, 0, 0, 0, 0, 0, 0])  # of class 1 there is one example, beside an equal one of class 0
+    for seed in range(30):
+        train, held_out = partition(10, 0.4, seed=seed, codes=codes, inputs=inputs)
+        assert set(codes[train]) == {0, 1} and not set(inputs[train]) & set(inputs[held_out])
+
+
+@pytest.mark.parametrize(
+    ("rows", "make"),
+    [
+        ([{"text": f"fox {i // 2}", "label": i % 2} for i in range(40)], word_piece),
+        ([{"prompt": f"fox {i // 2}", "completion": f"dog {i}"} for i in range(40)], byte_level),
+        ([{"input": f"fox {i // 2}", "target": f"dog {i}"} for i in range(40)], unigram),
+        (
+            [
+                {"messages": [{"role": "user", "content": f"fox {i // 2}"}, {"role": "assistant", "content": f"{i}"}]}
+                for i in range(40)
+            ],
+            lambda: byte_level(chat_template=CHATML),
+        ),
+    ],
+)
+def test_examples_of_one_input_are_held_out_together(tmp_path: Path, rows: list[dict[str, Any]], make: Any) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = load(str(source), tokenizer=make(), cache=tmp_path / "cache", max_tokens=64)
+    lines = [int(e.where.rpartition(" ")[2]) - 1 for e in data.validation.examples(range(len(data.validation)))]
+    assert len(lines) == 4 and len({line // 2 for line in lines}) == 2  # two pairs
+    assert data.repeated == 0 and "training data too" not in data.described(64)
+
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps(row) + "\n" for row in (rows[1], rows[7])), encoding="utf-8")
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]), encoding="utf-8")
+    for _ in range(2):  # built, and found again
+        data = load(str(train), tokenizer=make(), cache=tmp_path / "cache", max_tokens=64, validation=str(held))
+        assert data.repeated == 1
+        assert data.described(64).endswith("; 1 of validation have their input in the training data too")
 
 
 def sample(tmp_path: Path, tokenizer: Any, count: int = 60, **options: Any) -> Data:
@@ -159,4 +231,5 @@ def test_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(KeyboardInterrupt):
             sample(tmp_path, tokenizer, task="seq2seq")
     assert list((tmp_path / "cache").iterdir()) == []
-    assert len(sample(tmp_path, tokenizer, task="seq2seq").train) == 54
+    data = sample(tmp_path, tokenizer, task="seq2seq")
+    assert len(data.train) + len(data.validation) == 60

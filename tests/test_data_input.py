@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import pytest
 from tiny_tokenizers import CHATML, byte_level, unigram, word_piece
 
 from edgepeft.data import Data, load
-from edgepeft.data.columns import recognise
 from edgepeft.data.read import rows
 from edgepeft.errors import UsageError
 
@@ -37,8 +36,10 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         writer = csv.DictWriter(file, ["text", "label"])
         writer.writeheader()
         writer.writerows(examples)
+    with (tmp_path / "a.tsv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([["text", "label"], *(example.values() for example in examples)])
     pq.write_table(pa.Table.from_pylist(examples), tmp_path / "a.parquet")
-    for path in (jsonl, tmp_path / "a.csv", tmp_path / "a.parquet"):
+    for path in (jsonl, tmp_path / "a.csv", tmp_path / "a.tsv", tmp_path / "a.parquet"):
         assert [row for _, row in rows(path)] == examples
     # A quoted field may span lines: the row stands where it begins.
     assert [where for where, _ in rows(tmp_path / "a.csv")] == [f"{tmp_path}/a.csv, line {n}" for n in (2, 4)]
@@ -54,11 +55,24 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "  ", "label": 1}\n', "a.jsonl, line 2: 'text' is empty"),
         ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "b", "label": null}\n', "line 2: 'label' is empty"),
         ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": 3, "label": 1}\n', "line 2: 'text' should be text"),
-        ("a.jsonl", b'{"text": "a", "label": 0.5}\n', "line 1: 'label' should be text or a whole number"),
+        (
+            "a.jsonl",
+            b'{"text": "a", "label": 0.5}\n',
+            "line 1: 'label' should be text or a whole number.\n.*\n.*to predict",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "a \\ud83d\\ude00", "label": 1}\n{"text": "good \\ud83d here", "label": 1}\n',
+            r"a.jsonl, line 2: the row is malformed.\nIt has '\\ud83d', half of a character",
+        ),
+        ("a.jsonl", b'{"text": "a", "label": 1, "\\udc00": 2}\n', "a.jsonl, line 1: the row is malformed"),
         ("a.jsonl", b"\n \n", "a.jsonl holds no data"),
         ("a.csv", b"text,label\n", "a.csv holds no data"),
         ("a.csv", b"text,label\na,1\nb\n", "a.csv, line 3: the row is malformed.\nIt has 1 fields"),
         ("a.csv", b'text,label\na,1\n"b,1\n', "a.csv, line 3: the row is malformed"),
+        ("a.tsv", b"text\tlabel\na\t1\nb\n", "a.tsv, line 3: the row is malformed.\nIt has 1 fields"),
+        ("a.tsv", b"text,label\na,1\n", "line 1: the columns are separated by ','.\n.*\nRename it to .*/a.csv"),
+        ("a.csv", b"text\tlabel\na\t1\n", r"line 1: the columns are separated by '\\t'.\n.*\nRename it to .*/a.tsv"),
         ("a.csv", b"text,text\na,1\n", "a.csv, line 1: .*\nThe header must name every column once"),
         ("a.csv", b"text,label\na,\n", "a.csv, line 2: 'label' is empty"),
         ("a.parquet", b"PAR1 and then nothing", "a.parquet cannot be read"),
@@ -78,6 +92,29 @@ def test_bad_files_are_named_with_line(tmp_path: Path, name: str, content: bytes
         load(str(tmp_path / name), tokenizer=byte_level(chat_template=CHATML), cache=tmp_path / "cache", max_tokens=16)
     assert refusal.value.exit_code == 2
     assert list((tmp_path / "cache").glob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "written"),
+    [
+        ("a b.csv", '\ufeff"text";label\n"a; \u6f22,\nb";1\n', "commas-a b.csv"),
+        ("a.csv", 'text|label\n"a; \u6f22,\nb"|1\n', "commas-a.csv"),
+        ("a.json", '[{"text": "a; \u6f22,\\nb",\n "label": "1"}]', "lines-a.json"),
+    ],
+)
+def test_what_is_written_otherwise_comes_with_a_command_that_rewrites_it(
+    tmp_path: Path, name: str, content: str, written: str
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match="separated by|one JSON array") as refusal:
+        list(rows(tmp_path / name))
+    subprocess.run(refusal.value.remedy.splitlines()[1], shell=True, check=True)
+    assert [row for _, row in rows(tmp_path / written)] == [{"text": "a; \u6f22,\nb", "label": "1"}]
+
+
+def test_a_comma_in_the_name_of_the_only_column_separates_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('"text, long"\na\n')
+    assert [row for _, row in rows(tmp_path / "a.csv")] == [{"text, long": "a"}]
 
 
 def test_bad_parquet_row_is_named(tmp_path: Path) -> None:
@@ -132,7 +169,7 @@ def test_folder_with_splits(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no training data"):
         reviews(tmp_path, tmp_path / "other")
     write_jsonl(tmp_path / "other" / "train.jsonl", REVIEWS)
-    with pytest.raises(UsageError, match="has no validation split"):
+    with pytest.raises(UsageError, match="has no validation split[\\s\\S]*--set validation=FILE"):
         reviews(tmp_path, tmp_path / "train-00000-of-00002.jsonl", validation=str(tmp_path / "other"))
 
 
@@ -146,52 +183,45 @@ def test_label_seen_only_in_validation_is_named(tmp_path: Path) -> None:
         reviews(tmp_path, train, validation=str(held_out))
 
 
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (lambda i: f"name {i}", "'label' has 60 different values in 60 rows.\nEach would be a class"),
+        (lambda i: i, "'label' has 60 different values in 60 rows."),
+        (
+            lambda i: f"{i // 3 / 7 if i < 12 else i / 7:.2f}",
+            "has 52 different values in 60 rows.\n48 of them would be",
+        ),
+    ],
+)
+def test_labels_that_are_no_classes_are_told_from_too_few_rows(tmp_path: Path, label: Any, message: str) -> None:
+    rows = [{"text": f"film {i}", "label": label(i), "class": i % 2} for i in range(60)]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UsageError, match=message) as refusal:
+        reviews(tmp_path, source)
+    assert "number to predict" in refusal.value.remedy
+    assert "--set columns.label=NAME, where NAME is one of class" in refusal.value.remedy
+    assert reviews(tmp_path, source, columns={"label": "class"}).labels == ("0", "1")
+    # With data of its own to validate on, a class may have one example; a number is none however it is validated.
+    if isinstance(label(0), str) and label(0) == "0.00":
+        with pytest.raises(UsageError, match=message):
+            reviews(tmp_path, source, validation=str(source))
+    else:
+        assert len(reviews(tmp_path, source, validation=str(source)).labels) == 60
+
+
+def test_few_rows_are_missing_rows(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": f"film {i}", "label": i} for i in range(9)])
+    with pytest.raises(UsageError, match="With 9 examples there is none") as refusal:
+        reviews(tmp_path, source)
+    assert "--set validation=FILE" in refusal.value.remedy
+
+
 def test_labels_are_sorted_as_numbers_when_they_are(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "label": i % 11 + 1} for i in range(50)])
     assert reviews(tmp_path, source).labels == tuple(str(i) for i in range(1, 12))
     source = write_jsonl(tmp_path / "b.jsonl", [{"text": "a", "label": bool(i % 2)} for i in range(50)])
     assert reviews(tmp_path, source).labels == ("false", "true")
-
-
-@pytest.mark.parametrize(
-    ("found", "task", "columns", "expected"),
-    [
-        ("text label", None, {}, "classification text label"),
-        ("prompt completion id", None, {}, "causal-lm prompt completion"),
-        ("input target", "seq2seq", {}, "seq2seq input target"),
-        ("messages", None, {}, "causal-lm messages"),
-        ("text", "causal-lm", {}, "causal-lm text"),
-        ("review stars", None, {"text": "review", "label": "stars"}, "classification review stars"),
-        ("text stars", None, {"label": "stars"}, "classification text stars"),
-        ("prompt completion", "seq2seq", {"input": "prompt", "target": "completion"}, "seq2seq prompt completion"),
-        ("text label", "causal-lm", {"text": "text"}, "causal-lm text"),
-        ("prompt completion messages", None, {"messages": "messages"}, "causal-lm messages"),
-        ("text label input target", "seq2seq", {}, "seq2seq input target"),
-    ],
-)
-def test_columns_recognised(found: str, task: str | None, columns: Mapping[str, str], expected: str) -> None:
-    layout = recognise("a.csv", found.split(), task=task, columns=columns)
-    assert " ".join([layout.task, *layout.columns]) == expected
-
-
-@pytest.mark.parametrize(
-    ("found", "task", "columns", "message"),
-    [
-        ("text", None, {}, "does not fit any task.\na.csv has the columns text.\nAccepted: text . label"),
-        ("body mark", None, {}, "does not fit any task.\na.csv has the columns body, mark"),
-        ("prompt completion messages", None, {}, "more than one layout: prompt . completion .* and messages"),
-        ("text label", "seq2seq", {}, "does not fit the task seq2seq.\n.*text . label for classification"),
-        ("text label", "causal-lm", {}, "does not fit the task causal-lm"),
-        ("text", "classification", {}, "does not fit the task classification"),
-        ("text label", "translation", {}, "no task 'translation'"),
-        ("review stars", None, {"text": "reviews", "label": "stars"}, "no column 'reviews'.\n.*\n.*review?"),
-        ("review stars", None, {"txt": "review"}, "no field 'txt'.*\n.*\n.*text?"),
-        ("text label stars", None, {"label": "stars", "target": "label"}, "does not fit any task"),
-    ],
-)
-def test_columns_refused(found: str, task: str | None, columns: Mapping[str, str], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        recognise("a.csv", found.split(), task=task, columns=columns)
 
 
 def test_settings_that_leave_no_room_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from edgepeft import recipe
 from edgepeft.errors import UsageError
+from edgepeft.methods import base
 from edgepeft.recipe import Recipe
 
 FULL: dict[str, Any] = {
@@ -81,14 +83,14 @@ def test_settings_that_cannot_be_made(setting: str, part: str) -> None:
     ("change", "part"),
     [
         ({"modle": "x"}, "there is no 'modle'"),
-        ({"epochs": "two"}, "epochs = 'two' is not of the right type"),
-        ({"epochs": True}, "epochs = True is not of the right type"),
+        ({"epochs": "two"}, r'epochs = "two" is not of the right type'),
+        ({"epochs": True}, r"epochs = true is not of the right type"),
         ({"microbatch": 2.0}, "microbatch = 2.0 is not of the right type"),
-        ({"seed": None}, "seed = None is not of the right type"),
-        ({"columns": ["text"]}, r"columns = \('text',\) is not of the right type"),
-        ({"columns": {"text": 1}}, "columns = {'text': 1} is not of the right type"),
-        ({"variants": [8]}, r"variants = \(8,\) is not of the right type"),
-        ({"variants": "int8"}, "variants = 'int8' is not of the right type"),
+        ({"seed": None}, r"seed = null is not of the right type"),
+        ({"columns": ["text"]}, r'columns = \["text"\] is not of the right type'),
+        ({"columns": {"text": 1}}, r'columns = {"text": 1} is not of the right type'),
+        ({"variants": [8]}, r"variants = \[8\] is not of the right type"),
+        ({"hardware": datetime.date(2024, 1, 1)}, 'hardware = "2024-01-01" is not of the right type'),
         ({"lr": float("nan")}, "lr = nan"),
         ({"epochs": float("inf")}, "epochs = inf"),
         ({"microbatch": 0}, "microbatch = 0 must be positive"),
@@ -99,6 +101,9 @@ def test_settings_that_cannot_be_made(setting: str, part: str) -> None:
         ({"lr": -1e-3}, "lr = -0.001 must be positive"),
         ({"patience": 0}, "patience = 0 must be positive"),
         ({"seed": -1}, "seed = -1 must not be negative"),
+        ({"seed": 5_000_000_000}, "seed = 5000000000 is too large"),
+        ({"epochs": 1e308}, r"epochs = 1e\+308 is too large"),
+        ({"epochs": 10**400}, "epochs = 1000+ is too large"),
         ({"weight_decay": -0.1}, "weight_decay = -0.1 must not be negative"),
         ({"warmup": 1.0}, "shares between 0 and 1"),
         ({"validation_fraction": 0.0}, "shares between 0 and 1"),
@@ -109,6 +114,36 @@ def test_settings_that_cannot_be_made(setting: str, part: str) -> None:
 def test_refusals(change: dict[str, Any], part: str) -> None:
     with pytest.raises(UsageError, match=part):
         recipe.create({"model": "m", "data": "d"} | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"microbatch": 2.5}, "Expected a whole number."),
+        ({"epochs": "two"}, "Expected a number."),
+        ({"variants": 8}, "Expected a list of names."),
+        ({"checkpointing": "yes"}, "Expected true or false."),
+        ({"method": 3}, "Expected text."),
+        ({"columns": "review"}, "Expected a table."),
+    ],
+)
+def test_types_are_told_in_words(change: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        recipe.create({"model": "m", "data": "d"} | change)
+    assert caught.value.cause == expected
+
+
+def test_one_name_is_a_list_of_one(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"model": "m", "data": "d"}
+    recipe.assign(values, "variants=int4")
+    assert recipe.create(values).variants == ("int4",)
+    recipe.write(recipe.create(values), tmp_path / "recipe.toml")
+    assert recipe.read(tmp_path / "recipe.toml")["variants"] == ["int4"]
+    assert base.create("lora", {"targets": "query"}) == base.create("lora", {"targets": ["query"]})
+
+
+def test_the_largest_seed_is_one() -> None:
+    assert recipe.create({"model": "m", "data": "d", "seed": 2**32 - 1, "epochs": 1_000_000}).seed == 2**32 - 1
 
 
 def test_refusals_name_the_nearest() -> None:

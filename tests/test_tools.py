@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +20,7 @@ import tiny_t5
 from edgepeft.errors import EdgePeftError
 from edgepeft.files import sha256
 from edgepeft.methods import base
+from edgepeft.recipe import Recipe, assign, create
 from fetch import Package, downloaded, keep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,18 +156,35 @@ def test_smollm2_keeps_rope_digits_and_chat_template() -> None:
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_the_methods_page_is_what_the_methods_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = docs.page()
-    for name in base.names():
-        assert f"\n## {name}\n" in made and f"(#{name})" in made
-    monkeypatch.setattr(docs, "PAGE", tmp_path / "methods.md")
-    with pytest.raises(EdgePeftError, match="not what the methods say"):
+@pytest.mark.parametrize(("name", "word"), [("methods.md", "LoRA"), ("recipe.md", "a whole number")])
+def test_the_pages_are_what_the_code_says(
+    name: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(docs, "DOCS", tmp_path)
+    with pytest.raises(EdgePeftError, match="not what the code says"):
         docs.main(["--check"])
     docs.main([])
     docs.main(["--check"])
-    (tmp_path / "methods.md").write_text(made.replace("LoRA", "LoRa", 1), encoding="utf-8")
-    with pytest.raises(EdgePeftError, match="not what the methods say"):
+    made = (tmp_path / name).read_text(encoding="utf-8")
+    (tmp_path / name).write_text(made.replace(word, word.upper(), 1).replace("LORA", "LoRa"), encoding="utf-8")
+    with pytest.raises(EdgePeftError, match=f"{name} is not what the code says"):
         docs.main(["--check"])
+
+
+def test_the_pages_tell_of_every_method_and_of_every_key() -> None:
+    made = docs.methods_page()
+    for name in base.names():
+        assert f"\n## {name}\n" in made and f"(#{name})" in made
+    made = docs.recipe_page()
+    for field in dataclasses.fields(Recipe):
+        [row] = [line for line in made.splitlines() if line.startswith(f"| `{field.name}` |")]
+        _, _, kind, default, meaning, _ = (part.strip() for part in row.split("|"))
+        assert kind and meaning and (default or getattr(Recipe(model="m", data="d"), field.name) in (None, {}))
+    values: dict[str, Any] = {"model": "m", "data": "d"}
+    settings = [line for line in made.splitlines() if line.startswith("--set ")]
+    for line in settings:
+        assign(values, shlex.split(line)[1])
+    assert len(settings) > 4 and create(values).variants == ("int8", "int4")
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_name() -> None:

@@ -1,34 +1,57 @@
-"""Writes docs/methods.md from the methods themselves; with ``--check`` only says whether it is up to date.
+"""Writes docs/methods.md and docs/recipe.md from the code; with ``--check`` only says whether they are up to date.
 
 Usage: ``python tools/docs.py [--check]``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
+import typing
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from edgepeft import taxonomy
+from edgepeft import recipe, taxonomy
 from edgepeft.errors import EdgePeftError
 from edgepeft.files import write_text
 from edgepeft.methods import base
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
-HEAD = """# Methods
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+METHODS = """# Methods
 
 Made by `python tools/docs.py` from the files in `edgepeft/methods/`. Kinds are those of the survey (Lialin et al.,
 arXiv 2303.15647). What a method saves is compared with full tuning: *disk* for what it leaves, *memory* in training,
 *backpropagation* through the backbone. A method that merges costs nothing at inference: it becomes part of the weights.
 """
 
+RECIPE = """# The recipe
 
-def page() -> str:
+Made by `python tools/docs.py` from `edgepeft/recipe.py`. A recipe is all that decides a run. `edgepeft plan --recipe`
+writes one, a run keeps its own as `recipe.toml`, and `edgepeft run --recipe` begins another from it. Each key is also
+set by `--set key=value`, which counts more than the file and than flags such as `--task`:
+
+```
+--set epochs=3                       a number
+--set checkpointing=true             true or false
+--set schedule=linear                text
+--set 'variants=["int8","int4"]'     a list of names: export in 4 bits too; one name needs no brackets
+--set columns.text=review            a key of a table
+--set options.rank=16
+```
+
+What has no default is chosen by the plan, or not there unless it is given.
+
+| key | type | default | |
+|---|---|---|---|
+"""
+
+
+def methods_page() -> str:
     """The whole of docs/methods.md."""
     found = taxonomy.catalogue()
-    parts = [HEAD]
+    parts = [METHODS]
     for kind, methods in groupby(found, key=lambda each: each["kind"]):
         parts.append(f"## {kind.capitalize()}\n")
         rows = [_row(each) for each in methods]
@@ -63,17 +86,31 @@ def _section(each: dict[str, Any]) -> str:
     )
 
 
+def recipe_page() -> str:
+    """The whole of docs/recipe.md."""
+    said, hints = taxonomy.meanings(recipe.Recipe), typing.get_type_hints(recipe.Recipe)
+    rows = []
+    for field in dataclasses.fields(recipe.Recipe):
+        default = "must be given" if field.name in ("model", "data") else ""
+        if field.default not in (dataclasses.MISSING, None):
+            default = f"`{recipe.assignment('', field.default).removeprefix('=')}`"
+        rows.append(
+            f"| `{field.name}` | {recipe.in_words(hints[field.name])} | {default} | {_cell(said[field.name])} |"
+        )
+    return RECIPE + "\n".join(rows) + "\n"
+
+
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def main(arguments: list[str]) -> None:
-    made = page()
-    if arguments == ["--check"]:
-        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != made:
-            raise EdgePeftError("docs/methods.md is not what the methods say.", "", "Run: python tools/docs.py")
-        return
-    write_text(PAGE, made)
+    for name, made in (("methods.md", methods_page()), ("recipe.md", recipe_page())):
+        page = DOCS / name
+        if arguments != ["--check"]:
+            write_text(page, made)
+        elif not page.exists() or page.read_text(encoding="utf-8") != made:
+            raise EdgePeftError(f"docs/{name} is not what the code says.", "", "Run: python tools/docs.py")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def microbatches(
         longest_at: where to put the microbatch that pads to the most tokens, the one after it, and so on: early, so
             that an out-of-memory error comes at once. Places beyond the end are left out.
     """
-    random = np.random.RandomState([seed, epoch])
+    random = np.random.RandomState([seed % 2**32, epoch])  # a later stage counts on from the recipe's seed
     order = random.permutation(len(lengths))
     batches: list[Numbers] = []
     for begin in range(0, len(order), GROUP * size):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 
-from edgepeft.errors import UsageError, nearest
+from edgepeft.data import shapes
+from edgepeft.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,20 @@ class Layout:
                 state = "is empty" if column in row else "is missing"
                 raise UsageError(f"{where}: {column!r} {state}.", "", "Fill it in or delete the row.")
             if field == "messages":
+                if shapes.is_sharegpt(value):
+                    raise shapes.sharegpt(where, column)
                 values[field] = _messages(where, value)
             elif field == "label" and isinstance(value, int):
                 values[field] = str(value).lower() if isinstance(value, bool) else str(value)
             elif isinstance(value, str):
                 values[field] = value
             else:
-                expected = "text or a whole number" if field == "label" else "text"
-                raise UsageError(
-                    f"{where}: {column!r} should be {expected}.", f"It is {value!r:.80}.", "Correct the row."
-                )
+                expected, remedy = "text", "Correct the row."
+                if field == "label":
+                    expected = "text or a whole number"
+                    remedy += " A number to predict is not supported; another column is named by"
+                    remedy += " --set columns.label=NAME"
+                raise UsageError(f"{where}: {column!r} should be {expected}.", f"It is {value!r:.80}.", remedy)
         return values
 
 
@@ -63,52 +68,10 @@ TEXT_ONLY = Layout("causal-lm", ("text",))
 """Language modelling: every token is learned. Only on request: text alone may as well be a forgotten label."""
 
 
-def recognise(name: str, found: Collection[str], *, task: str | None, columns: Mapping[str, str]) -> Layout:
-    """The one layout that the columns ``found`` in the source ``name`` have.
-
-    Args:
-        task: what the user wants to do with them, if he said so.
-        columns: ``{field: column}`` where a column is not named like its field.
-
-    Raises:
-        UsageError: no layout fits, several do, or the task is another one.
-    """
-    tasks = {layout.task for layout in LAYOUTS}
-    if task is not None and task not in tasks:
-        raise UsageError(f"There is no task {task!r}.", "", nearest(task, tasks))
-    accepted = "; ".join(f"{' + '.join(layout.fields)} ({layout.task})" for layout in LAYOUTS)
-    accepted += "; text with the task causal-lm (language modelling)"
-    fields = {field for layout in LAYOUTS for field in layout.fields}
-    for field, column in columns.items():
-        if field not in fields:
-            raise UsageError(
-                f"There is no field {field!r} to give a column to.", f"Accepted: {accepted}.", nearest(field, fields)
-            )
-        if column not in found:
-            raise UsageError(f"{name} has no column {column!r}.", f"It has {', '.join(found)}.", nearest(column, found))
-
-    there = set(columns) | (set(found) - set(columns.values()))
-    # Columns named by the user decide: a layout that leaves one of them unused is not what was meant.
-    fitting = [layout for layout in LAYOUTS if there >= set(layout.fields) >= set(columns)]
-    chosen = [layout for layout in fitting if task in (None, layout.task)]
-    if task == TEXT_ONLY.task and "text" in there and (set(columns) == {"text"} or not fitting):
-        chosen = [TEXT_ONLY]
-    state = f"{name} has the columns {', '.join(found) or '(none)'}."
-    if not chosen and fitting:
-        fits = " and ".join(f"{' + '.join(layout.fields)} for {layout.task}" for layout in fitting)
-        wanted = next(layout for layout in LAYOUTS if layout.task == task).fields
-        named = " ".join(f"--set columns.{field}=..." for field in wanted)
-        remedy = f"Use --task {fitting[0].task}, or name the columns that {task} should use: {named}"
-        raise UsageError(f"The data does not fit the task {task}.", f"{state} That is {fits}.", remedy)
-    if not chosen:
-        what = f"the task {task}" if task else "any task"
-        remedy = f"Accepted: {accepted}. Rename the columns, or name them, e.g. --set columns.text=review"
-        raise UsageError(f"The data does not fit {what}.", state, remedy)
-    if len(chosen) > 1:
-        fits = " and ".join(f"{' + '.join(layout.fields)} ({layout.task})" for layout in chosen)
-        raise UsageError(f"The data fits more than one layout: {fits}.", state, "Name the task or the columns to use.")
-    [layout] = chosen
-    return Layout(layout.task, layout.fields, tuple(columns.get(field, field) for field in layout.fields))
+def needed(task: str) -> str:
+    """The fields that data of a task has, in words."""
+    ways = [" and ".join(layout.fields) for layout in (*LAYOUTS, TEXT_ONLY) if layout.task == task]
+    return " or ".join([", ".join(ways[:-1]), ways[-1]] if len(ways) > 1 else ways)
 
 
 def _messages(where: str, value: Any) -> list[dict[str, str]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +18,7 @@ from edgepeft.errors import UsageError
 Row = tuple[str, dict[str, Any]]
 """Where a row stands, e.g. ``train.jsonl, line 17``, and its values by column name."""
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def rows(path: Path) -> Iterator[Row]:
@@ -25,7 +27,13 @@ def rows(path: Path) -> Iterator[Row]:
     Raises:
         UsageError: a row is malformed (the message has file and line), or the file cannot be read.
     """
-    readers = {".jsonl": _json_lines, ".json": _json_lines, ".csv": _csv, ".parquet": _parquet}
+    readers: dict[str, Callable[[Path], Iterator[Row]]] = {
+        ".jsonl": _json_lines,
+        ".json": _json_lines,
+        ".csv": partial(_csv, separator=","),
+        ".tsv": partial(_csv, separator="\t"),
+        ".parquet": _parquet,
+    }
     try:
         yield from readers[path.suffix.lower()](path)
     except PermissionError as error:
@@ -41,7 +49,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
             raise UsageError(
                 f"{path} is one JSON array.",
                 "It is read line by line, so that it need not fit into memory.",
-                "Write each example as an object on a line of its own (JSON lines).",
+                _rewriting(path, "lines", _LINES),
             )
         try:
             value = json.loads(line)
@@ -49,32 +57,33 @@ def _json_lines(path: Path) -> Iterator[Row]:
             raise _malformed(where, f"It is not a JSON object on one line: {error}.") from error
         if not isinstance(value, dict):
             raise _malformed(where, f"Expected one JSON object per line, found {_described(value)}.")
+        if "\\u" in line and (half := _half(value)):
+            raise _malformed(where, f"It has {half!r}, half of a character: the other half is missing.")
         yield where, value
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(path: Path, separator: str) -> Iterator[Row]:
+    number, head = next(((number, line) for number, line in _lines(path) if line.strip()), (1, ""))
+    if separator not in head and (other := next((sign for sign in ",;\t|" if sign in head), None)):
+        raise _separated(path, f"{path}, line {number}", other)
     # The csv module refuses fields above 128 KiB unless told otherwise; the limit is a setting of the whole process.
     limit = csv.field_size_limit(2**31 - 1)
     try:
         # strict: an unclosed quote would otherwise swallow the rest of the file into one field without a word.
-        reader = csv.reader((line for _, line in _lines(path)), strict=True)
+        reader = csv.reader((line for _, line in _lines(path)), delimiter=separator, strict=True)
         names: list[str] | None = None
         while True:
             where = f"{path}, line {reader.line_num + 1}"
             try:
                 values = next(reader, None)
             except csv.Error as error:
-                raise _malformed(where, f"It is not CSV: {error}.") from error
+                raise _malformed(where, f"It is not {path.suffix[1:].upper()}: {error}.") from error
             if values is None:
                 return
             if not values:
                 continue
             if names is None:
                 names = values
-                if len(names) == 1 and (other := next((sign for sign in ";\t|" if sign in names[0]), None)):
-                    raise UsageError(
-                        f"{where}: the columns are separated by {other!r}.", "CSV is read with commas.", "Save it so."
-                    )
                 if len(set(names)) < len(names) or "" in names:
                     raise _malformed(where, f"The header must name every column once; it is {names}.")
                 continue
@@ -113,6 +122,38 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     f"It is not UTF-8: {error.reason}.",
                     "Save the file as UTF-8.",
                 ) from error
+
+
+def _separated(path: Path, where: str, sign: str) -> UsageError:
+    """Columns stand apart by another sign than the file's name says."""
+    suffix = {",": ".csv", "\t": ".tsv"}.get(sign)
+    return UsageError(
+        f"{where}: the columns are separated by {sign!r}.",
+        "A .csv is read with commas, a .tsv with tabs.",
+        f"Rename it to {path.with_suffix(suffix)}" if suffix else _rewriting(path, "commas", _COMMAS.format(sign=sign)),
+    )
+
+
+_LINES = "import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]"
+_COMMAS = (
+    'import csv, sys; sys.stdin.reconfigure(encoding="utf-8-sig", newline=""); '
+    'csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter="{sign}"))'
+)
+
+
+def _rewriting(path: Path, what: str, script: str) -> str:
+    """A remedy: a command that writes a file anew, with ``what`` in it, under a name no folder is searched for."""
+    files = f"< {quote(str(path))} > {quote(str(path.with_name(f'{what}-{path.name}')))}"
+    return f"Write it with {what}, and use the new file in its place:\npython -c {quote(script)} {files}"
+
+
+def _half(value: Any) -> str:
+    """A surrogate in any text of a JSON value that is not one of a pair, as only an escape can write it; else ''."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return str(error.object[error.start])
+    return ""
 
 
 def _malformed(where: str, cause: str) -> UsageError:

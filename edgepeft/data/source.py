@@ -57,7 +57,7 @@ def sources(source: str, validation: str | None) -> tuple[Source, Source | None]
         raise UsageError(
             f"{validation} has no validation split.",
             f"It has {', '.join(other)}.",
-            "Name a file to validate on, or leave the choice of a validation split to edgepeft.",
+            "Name a file to validate on, --set validation=FILE, or none: a share of the training data is then kept.",
         )
     return found["train"], other["validation"]
 
@@ -114,7 +114,7 @@ def _hub(source: str) -> dict[str, Source]:
         raise UsageError(
             f"The data set {source} could not be loaded.",
             f"There is no file or folder of that name here, and the hub says: {error}",
-            _meant(source) or "Check the name and the network, or give a local file (.jsonl, .csv, .parquet).",
+            _meant(source) or "Check the name and the network, or give a local file (.jsonl, .csv, .tsv, .parquet).",
         ) from error
     if "train" not in loaded:
         raise UsageError(

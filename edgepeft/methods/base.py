@@ -337,9 +337,11 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> Method:
                 nearest(option, fields) if fields else "It has none.",
                 f"`edgepeft methods {name}` says what it has.",
             )
+        default = fields[option].default
+        if isinstance(value, str) and isinstance(default, tuple):
+            value = [value]  # one name is a list of one
         if isinstance(value, list):
             (options := dict(options or {}))[option] = value = tuple(value)
-        default = fields[option].default
         if not _is(value, type(default)):
             raise UsageError(
                 f"{name} cannot work with {option} = {value!r}.",
