@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ from edgepeft import hardware, machine
 from edgepeft.errors import UsageError
 from edgepeft.hardware import Hardware, detect, load, names
 
-REQUIRED = """a100-40gb a100-80gb h100-80gb l4-24gb t4-16gb rtx-3060-12gb rtx-3090-24gb rtx-4060-8gb rtx-4090-24gb
-rtx-5090-32gb jetson-orin-nano-8gb raspberry-pi-5-8gb cpu-x86-16gb""".split()
+REQUIRED = """a100-40gb a100-40gb-pcie a100-80gb a100-80gb-pcie h100-80gb h200-141gb l4-24gb l40s-48gb a10g-24gb t4-16gb
+v100-32gb rtx-3060-12gb rtx-3090-24gb rtx-4060-8gb rtx-4080-16gb rtx-4090-24gb rtx-5090-32gb rtx-a6000-48gb
+jetson-orin-nano-8gb raspberry-pi-5-8gb cpu-x86-16gb""".split()
 GIB = 2**30
 
 GOOD = """
@@ -50,7 +52,7 @@ def test_profile_is_sane(name: str) -> None:
     assert all(len(source) > 20 for source in device.sources.values())
     assert device.available_bytes == device.memory_bytes - device.reserved_bytes > 0
     # The name states gigabytes of either kind; no driver reports more than is soldered on, nor much less.
-    stated = int(name.rpartition("-")[2].removesuffix("gb"))
+    (stated,) = (int(size) for size in re.findall(r"(\d+)gb", name))
     assert 0.91 * stated * GIB < device.memory_bytes <= stated * GIB
     assert device.providers[-1] == "CPUExecutionProvider"
     assert (device.kind == "cuda") == ("CUDAExecutionProvider" in device.providers) == bool(device.devices)
@@ -59,20 +61,39 @@ def test_profile_is_sane(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in names() if load(name).kind == "cuda"])
 def test_tensor_core_rates_are_dense(name: str) -> None:
-    """NVIDIA's dense int8 rate is twice the 16-bit rate with fp32 accumulate; four times where GeForce halves that."""
-    flops = load(name).flops
-    half = flops.get("bf16", flops.get("fp16", 0))
-    assert flops["int8"] / half == pytest.approx(4 if name.startswith("rtx") else 2, rel=0.01)
+    """NVIDIA's dense int8 rate is twice the 16-bit rate with fp32 accumulate; four times where GeForce halves that.
+
+    Volta's tensor cores have no int8: half as fast.
+    """
+    device = load(name)
+    half = device.flops.get("bf16", device.flops.get("fp16", 0))
+    ratio = 0.5 if "V100" in device.title else 4 if "GeForce" in device.title else 2
+    assert device.flops["int8"] / half == pytest.approx(ratio, rel=0.01)
 
 
 def test_native_bf16() -> None:
     without = {name for name in names() if not load(name).bf16}
-    assert without == {"t4-16gb", "raspberry-pi-5-8gb", "cpu-x86-16gb"}
+    assert without == {"t4-16gb", "v100-32gb", "raspberry-pi-5-8gb", "cpu-x86-16gb"}
 
 
 def test_drivers_name_each_device_once() -> None:
     seen = [(device, load(name).memory_bytes // GIB) for name in names() for device in load(name).devices]
     assert len(seen) == len(set(seen))
+
+
+def test_cards_on_a_board_and_in_a_slot_are_two() -> None:
+    """NVIDIA A100 data sheet: they differ in memory (80 GB), in power, and in what is between several."""
+    for size, bandwidth, watts in ((40, 1555e9, 250), (80, 1935e9, 300)):
+        board, slot = load(f"a100-{size}gb"), load(f"a100-{size}gb-pcie")
+        assert (slot.bandwidth, slot.watts, slot.interconnect) == (bandwidth, watts, 31.5e9)
+        assert (board.watts, board.interconnect, board.flops) == (400, 300e9, slot.flops)
+        assert all("SXM4" in name for name in board.devices) and all("PCI" in name.upper() for name in slot.devices)
+    assert (load("a100-40gb").bandwidth, load("a100-80gb").bandwidth) == (1555e9, 2039e9)
+
+
+def test_a_processor_s_profile_leaves_a_process_to_the_plan() -> None:
+    """``candidate.CPU_PROCESS_BYTES`` has it: the Raspberry Pi's system alone takes half a GiB."""
+    assert load("raspberry-pi-5-8gb").reserved_bytes == pytest.approx(0.5 * GIB, rel=0.01)
 
 
 def test_hardware_can_be_a_cache_key() -> None:
