@@ -164,5 +164,19 @@ def test_the_nearest_precision_is_proposed(again: Callable[..., Plan]) -> None:
     assert [way.change["precision"] for way in found if set(way.change) == {"precision"}] == ["bf16"]
 
 
+def test_several_are_proposed_only_of_what_stands_with_others_in_a_machine(again: Callable[..., Plan]) -> None:
+    """Four of a card that is full: the least that has room is the Jetson, which is alone on its board."""
+    asked: dict[str, Any] = {"method": "lora", "tokens": 32, "devices": 4}
+    none = with_free(hardware.load("a100-40gb"), 1 << 20)
+    given: dict[str, Any] = {"tokens": 32, "global_batch": 16, "method": "lora", "precision": "bf16"}
+    found = alternatives.find(again(none, **asked), partial(again, none, **asked), **given)
+    (larger,) = [way for way in found if "hardware" in way.change]
+    assert again(hardware.load(larger.change["hardware"]), **asked).choice is not None
+    alone = with_free(hardware.load("jetson-orin-nano-8gb"), 1 << 20)
+    one = {**asked, "devices": 1}
+    found = alternatives.find(again(alone, **one), partial(again, alone, **one), **given)
+    assert found and not [way for way in found if "devices" in way.change]
+
+
 def with_free(device: Hardware, free_bytes: int) -> Hardware:
     return replace(device, memory_bytes=device.reserved_bytes + free_bytes)
