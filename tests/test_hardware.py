@@ -125,6 +125,18 @@ def test_own_profile(tmp_path: Path) -> None:
     assert board.sources == {"memory_bytes": "I counted", "flops.fp32": "I measured"}
 
 
+@pytest.mark.parametrize("name", names())
+def test_a_shipped_profile_takes_a_price_as_the_readme_says(name: str, tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    said = "`price = 2.5` (US dollars an hour) at its top"
+    assert load(name).price is None and said in (root / "README.md").read_text(encoding="utf-8")
+    copy = tmp_path / "priced.toml"
+    copy.write_text(
+        "price = 2.5\n" + (root / "profiles" / f"{name}.toml").read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    assert load(str(copy)).price == 2.5
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
