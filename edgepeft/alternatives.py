@@ -151,7 +151,7 @@ def _shorter(failed: Plan, again: Again, tokens: int, method: str | None) -> Ite
 
 def _more(failed: Plan, again: Again, method: str | None) -> Iterator[Alternative]:
     """Several of the same GPU."""
-    if failed.devices > 1 or failed.hardware.kind != "cuda":
+    if failed.devices > 1 or not failed.hardware.several:
         return
     least = failed.least
     for devices in MORE:

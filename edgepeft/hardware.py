@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from edgepeft import machine
+from edgepeft import machine, rates
 from edgepeft.errors import EdgePeftError, UsageError, nearest
+from edgepeft.profile import Table
 
 AUTO = "auto"
-OPERATIONS = (
-    *("matmul", "thin", "attention", "elementwise", "curved", "random", "dequantize", "optimizer", "requantize"),
-    "sending",
-)
+INTERCONNECT = 15.75e9  # of GPUs in a computer that no profile is for: PCIe 3.0 with 16 lanes, each way
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processor:
+    """The processor of a board whose GPU shares its memory: device folders run on it, without CUDA."""
+
+    reserved_bytes: int
+    """What is taken of the board's memory before a process without CUDA starts: the operating system."""
+    flops: Mapping[str, float] = field(hash=False)
+    """As those of ``Hardware``."""
+    instructions: tuple[str, ...] = ()
+    """As those of ``Hardware``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +52,22 @@ class Hardware:
     devices: tuple[str, ...] = ()
     """Names under which the CUDA driver reports this device."""
     reached: Mapping[str, float] = field(default_factory=dict, hash=False)
-    """The share of the peak that kernels reach, by operation (see OPERATIONS): of FLOP/s in products and attention, of
-    bandwidth in the others, of the interconnect in sending. May exceed 1 where caches serve. Absent: what is usual for
-    the kind of device."""
+    """The share of the peak that kernels reach, by operation (``profile.OPERATIONS``): of FLOP/s in products and
+    attention, of bandwidth in the others, of the interconnect in sending. What moves bytes may exceed 1 where caches
+    serve. Absent: what is usual for the kind of device."""
     interconnect: float | None = None
-    """Bytes per second that a device sends to others like it in one machine while it receives as many; absent: what is
-    usual."""
+    """Bytes per second that a device sends to others like it in one machine while it receives as many; absent of a GPU
+    that is alone in its machine."""
     call_seconds: float | None = None
     """Time that PyTorch takes to issue one operator; absent: what is usual."""
     watts: float | None = None
     """Power drawn while training."""
     price: float | None = None
     """US dollars an hour."""
+    processor: Processor | None = None
+    """Of a board: its memory is that of the GPU, and so are its cores and bandwidth, which the two share."""
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Where each number is from, by field; of tables by entry, as "flops.bf16" or "reached.matmul"."""
+    """Where each number is from, by field; of tables by entry, as "flops.bf16" or "processor.reserved_bytes"."""
 
     @property
     def available_bytes(self) -> int:
@@ -67,6 +78,44 @@ class Hardware:
     def bf16(self) -> bool:
         """Whether bfloat16 is native (Ampere and later; CPUs with AVX512-BF16, AMX or Arm's BF16)."""
         return "bf16" in self.flops
+
+    @property
+    def several(self) -> bool:
+        """Whether there are machines with several of it that share the work."""
+        return self.kind == "cuda" and self.interconnect is not None
+
+    @property
+    def guessed(self) -> tuple[str, ...]:
+        """The rates that estimates of time rest on and whose source calls them a guess, as ("bandwidth", "flops.bf16").
+
+        Empty where all are known.
+        """
+        every = ("bandwidth", *(f"flops.{dtype}" for dtype in self.flops))
+        return tuple(rate for rate in every if "guess" in self.sources.get(rate, ""))
+
+    @property
+    def runner(self) -> Hardware | None:
+        """What runs a device folder there, which uses no GPU: a CPU itself, or a board's processor."""
+        if self.kind == "cpu" or self.processor is None:
+            return self if self.kind == "cpu" else None
+        own = {name: text for name, text in self.sources.items() if name.startswith("processor.")}
+        kept = ("memory_bytes", "bandwidth", "cores", "watts", "price")
+        return Hardware(
+            name=self.name,
+            kind="cpu",
+            title=f"processor of {self.title}",
+            memory_bytes=self.memory_bytes,
+            reserved_bytes=self.processor.reserved_bytes,
+            bandwidth=self.bandwidth,
+            flops=self.processor.flops,
+            providers=("CPUExecutionProvider",),
+            cores=self.cores,
+            instructions=self.processor.instructions,
+            watts=self.watts,
+            price=self.price,
+            sources={name: text for name, text in self.sources.items() if name in kept}
+            | {name.removeprefix("processor."): text for name, text in own.items()},
+        )
 
     def shared(self, devices: int) -> Hardware:
         """What each of several processes has: of a CPU its part, of GPUs one."""
@@ -120,35 +169,37 @@ def detect() -> Hardware:
                 used_bytes=memory_bytes - free_bytes,
                 multiprocessors=properties.multi_processor_count,
                 capability=(properties.major, properties.minor),
+                # Not every version of PyTorch has these, and not every driver tells; both clocks are in kHz.
+                hertz=1e3 * getattr(properties, "clock_rate", 0),
+                bandwidth=2e3
+                * getattr(properties, "memory_clock_rate", 0)
+                * getattr(properties, "memory_bus_width", 0)
+                / 8,
+                integrated=bool(properties.is_integrated),
             )
     return _cpu()
 
 
-# ---------------------------------------------------------------------------------------------- profiles
+def runner(name: str) -> Hardware:
+    """What runs device folders on a device (a name as ``load`` takes it): itself, or the processor beside its GPU.
 
-_DTYPES = ("fp32", "bf16", "fp16", "int8")
-# Lowest and highest believable value. Their main use is to catch GB where bytes are meant, and TFLOPS where FLOP/s are.
-_RANGES: dict[str, tuple[float, float]] = {
-    "memory_bytes": (2**28, 2**44),
-    "reserved_bytes": (0, 2**43),
-    "bandwidth": (1e8, 1e14),
-    "interconnect": (1e7, 1e14),
-    "cores": (1, 2**12),
-    "call_seconds": (1e-8, 1e-2),
-    "watts": (0.1, 1e5),
-    "price": (1e-4, 1e4),
-}
-_FLOPS_RANGE = (1e8, 1e17)
-_SHARE_RANGE = (1e-4, 50)
-_UNITS = {
-    "bandwidth": "bytes per second",
-    "interconnect": "bytes per second",
-    "cores": "cores",
-    "watts": "watts",
-    "price": "US dollars an hour",
-}
-_UNITS |= {"memory_bytes": "bytes", "reserved_bytes": "bytes", "call_seconds": "seconds"}
-_EXAMPLES = "The shipped profiles are examples to start from."
+    Raises:
+        UsageError: a GPU in a computer of which nothing else is known; and what ``load`` raises.
+    """
+    device = load(name)
+    if device.runner is not None:
+        return device.runner
+    if name == AUTO:
+        return _cpu()
+    able = [each for each in names() if load(each).runner is not None]
+    raise UsageError(
+        f"{device.name} runs no device folder.",
+        "Device folders run on the processor, and this is the profile of a GPU in a computer.",
+        f"Name a CPU's profile or a board: {', '.join(able)}, or {AUTO} for this computer's processor.",
+    )
+
+
+# ---------------------------------------------------------------------------------------------- profiles
 
 
 def _folder() -> Path:
@@ -162,142 +213,78 @@ def _folder() -> Path:
 
 
 def _read(path: Path) -> Hardware:
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"The hardware profile {path} cannot be read.", f"{error.strerror}.", "The shipped ones are loaded by name."
-        ) from error
-    except (ValueError, RecursionError) as error:  # no TOML, no text, or numbers and nesting beyond all reason
-        raise UsageError(f"The hardware profile {path} is not valid TOML.", f"{error}.", _EXAMPLES) from error
-    return _Reader(path, table).hardware()
+    table = Table(path)
+    kind: Literal["cuda", "cpu"] = "cuda"
+    if (stated := table.text("kind")) == "cpu":
+        kind = "cpu"
+    elif stated != "cuda":
+        raise table.error("kind", f"it is {stated!r}", 'It is "cuda" or "cpu".')
+    memory_bytes = table.whole("memory_bytes")
+    hardware = Hardware(
+        name=path.stem,
+        kind=kind,
+        title=table.text("title"),
+        memory_bytes=memory_bytes,
+        reserved_bytes=_reserved(table, memory_bytes),
+        bandwidth=table.number("bandwidth"),
+        flops=table.flops(),
+        providers=table.texts("providers"),
+        cores=table.whole("cores") if "cores" in table else None,
+        instructions=table.texts("instructions") if "instructions" in table else (),
+        devices=table.texts("devices") if "devices" in table else (),
+        reached=table.reached(),
+        interconnect=table.number("interconnect") if "interconnect" in table else None,
+        call_seconds=table.number("call_seconds") if "call_seconds" in table else None,
+        watts=table.number("watts") if "watts" in table else None,
+        price=table.number("price") if "price" in table else None,
+        processor=_processor(table.table("processor"), memory_bytes) if "processor" in table else None,
+        sources=table.sources(),
+    )
+    if kind == "cpu" and hardware.processor is not None:
+        raise table.error("processor", "a CPU has none beside itself")
+    table.end(Hardware.__dataclass_fields__.keys() - {"name"})
+    return hardware
 
 
-class _Reader:
-    """Takes the fields out of one profile's table; the first one that is wrong ends the reading."""
+def _processor(table: Table, memory_bytes: int) -> Processor:
+    processor = Processor(
+        reserved_bytes=_reserved(table, memory_bytes),
+        flops=table.flops(),
+        instructions=table.texts("instructions") if "instructions" in table else (),
+    )
+    table.end(Processor.__dataclass_fields__.keys())
+    return processor
 
-    def __init__(self, path: Path, table: dict[str, Any]) -> None:
-        self.path = path
-        self.table = table
 
-    def hardware(self) -> Hardware:
-        kind: Literal["cuda", "cpu"] = "cuda"
-        if (stated := self.text("kind")) == "cpu":
-            kind = "cpu"
-        elif stated != "cuda":
-            raise self.error("kind", f"it is {stated!r}", 'It is "cuda" or "cpu".')
-        memory_bytes, reserved_bytes = self.whole("memory_bytes"), self.whole("reserved_bytes")
-        if reserved_bytes >= memory_bytes:
-            raise self.error("reserved_bytes", "it leaves no memory", f"memory_bytes is {memory_bytes:,}.")
-        hardware = Hardware(
-            name=self.path.stem,
-            kind=kind,
-            title=self.text("title"),
-            memory_bytes=memory_bytes,
-            reserved_bytes=reserved_bytes,
-            bandwidth=self.number("bandwidth", self.take("bandwidth"), _RANGES["bandwidth"]),
-            flops=self.flops(),
-            providers=self.texts("providers"),
-            cores=self.whole("cores") if "cores" in self.table else None,
-            instructions=self.texts("instructions") if "instructions" in self.table else (),
-            devices=self.texts("devices") if "devices" in self.table else (),
-            reached=self.reached(),
-            interconnect=self.optional("interconnect"),
-            call_seconds=self.optional("call_seconds"),
-            watts=self.optional("watts"),
-            price=self.optional("price"),
-            sources=self.sources(),
-        )
-        for key in self.table:
-            raise self.error(
-                key, "there is no such field", nearest(key, Hardware.__dataclass_fields__.keys() - {"name"})
-            )
-        return hardware
-
-    def error(self, key: str, fact: str, remedy: str = _EXAMPLES) -> UsageError:
-        return UsageError(f"The hardware profile {self.path} has a bad {key}: {fact}.", "", remedy)
-
-    def take(self, key: str) -> Any:
-        if key not in self.table:
-            raise self.error(key, "it is missing")
-        return self.table.pop(key)
-
-    def text(self, key: str) -> str:
-        value = self.take(key)
-        if not isinstance(value, str) or not value:
-            raise self.error(key, "it is not a text")
-        return value
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        value = self.take(key)
-        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-            raise self.error(key, "it is not a list of texts")
-        return tuple(value)
-
-    def number(self, key: str, value: Any, limits: tuple[float, float]) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(key, "it is not a number")
-        low, high = limits
-        if not low <= value <= high:  # also refuses nan
-            unit = _UNITS.get(key, "of the peak" if key.startswith("reached") else "FLOP/s")
-            raise self.error(key, f"{str(value)[:20]} is out of range", f"It is between {low:g} and {high:g} {unit}.")
-        return float(value)
-
-    def whole(self, key: str) -> int:
-        value = self.number(key, self.take(key), _RANGES[key])
-        if not value.is_integer():
-            raise self.error(key, f"{value} is not a whole number")
-        return int(value)
-
-    def flops(self) -> dict[str, float]:
-        table = self.take("flops")
-        if not isinstance(table, dict) or "fp32" not in table:
-            raise self.error("flops", "it is not a table with fp32 in it", "For example: flops = { fp32 = 8.1e12 }")
-        for dtype in table:
-            if dtype not in _DTYPES:
-                raise self.error(f"flops.{dtype}", "there is no such dtype", nearest(dtype, _DTYPES))
-        return {dtype: self.number(f"flops.{dtype}", value, _FLOPS_RANGE) for dtype, value in table.items()}
-
-    def reached(self) -> dict[str, float]:
-        table = self.table.pop("reached", {})
-        if not isinstance(table, dict):
-            raise self.error("reached", "it is not a table", "For example: reached = { matmul = 0.8 }")
-        for operation in table:
-            if operation not in OPERATIONS:
-                raise self.error(f"reached.{operation}", "there is no such operation", nearest(operation, OPERATIONS))
-        return {name: self.number(f"reached.{name}", value, _SHARE_RANGE) for name, value in table.items()}
-
-    def optional(self, key: str) -> float | None:
-        return self.number(key, self.table.pop(key), _RANGES[key]) if key in self.table else None
-
-    def sources(self) -> dict[str, str]:
-        table = self.table.pop("sources", {})
-        if not isinstance(table, dict):
-            raise self.error("sources", "it is not a table")
-        for group in ("flops", "reached"):  # TOML reads the dotted key flops.fp32 as a table of its own
-            if isinstance(entries := table.pop(group, {}), dict):
-                table |= {f"{group}.{name}": source for name, source in entries.items()}
-        for key, source in table.items():
-            if not isinstance(source, str) or not source:
-                raise self.error(f"sources.{key}", "it is not a text")
-            known = {*_RANGES, "instructions", *(f"flops.{dtype}" for dtype in _DTYPES)}
-            if key not in known | {f"reached.{operation}" for operation in OPERATIONS}:
-                raise self.error(f"sources.{key}", "there is no such number")
-        return table
+def _reserved(table: Table, memory_bytes: int) -> int:
+    reserved_bytes = table.whole("reserved_bytes")
+    if reserved_bytes >= memory_bytes:
+        raise table.error("reserved_bytes", "it leaves no memory", f"memory_bytes is {memory_bytes:,}.")
+    return reserved_bytes
 
 
 # ------------------------------------------------------------------------------------------- this machine
 
 
 def _cuda(
-    *, device: str, memory_bytes: int, used_bytes: int, multiprocessors: int, capability: tuple[int, int]
+    *,
+    device: str,
+    memory_bytes: int,
+    used_bytes: int,
+    multiprocessors: int,
+    capability: tuple[int, int],
+    hertz: float = 0.0,
+    bandwidth: float = 0.0,
+    integrated: bool = False,
 ) -> Hardware:
-    """A CUDA device of this machine: rates from the shipped profile of the same device, else low figures.
+    """A CUDA device of this machine: rates from the shipped profile of the same device, else from what PyTorch tells.
 
     Args:
         device: the driver's name for it, e.g. ``NVIDIA A100-SXM4-40GB``.
         used_bytes: what is in use now, this process's context among it.
         capability: the compute capability.
+        hertz: the highest clock of its multiprocessors; 0 where nothing tells, and so of ``bandwidth``.
+        integrated: whether it shares its memory with the processor.
     """
     measured = "torch.cuda.mem_get_info"
     for known in map(load, names()):
@@ -316,43 +303,36 @@ def _cuda(
                     "reserved_bytes": f"the larger of what is in use now ({measured}) and the profile {known.name}",
                 },
             )
-    # Per multiprocessor and clock: 64 fp32 FMA is the least since Volta; 512 FLOP (fp32 accumulate) and 2,048 int8 OP
-    # are the tensor-core rates of GeForce cards, the lowest there are. Desktop and server cards boost well above 1 GHz.
-    rates = {"fp32": 128.0}
-    if capability >= (7, 0):
-        rates["fp16"] = 512.0
-    if capability >= (7, 5):
-        rates["int8"] = 2048.0
-    if capability >= (8, 0):
-        rates["bf16"] = 512.0
-    unknown = f"conservative guess, because no profile is for {device}"
+    per_clock, generation = rates.of_multiprocessor(capability), f"compute capability {capability[0]}.{capability[1]}"
+    told, unlisted = "torch.cuda.get_device_properties", f"because no profile is for {device}"
+    derived = hertz and capability in rates.OF_MULTIPROCESSORS
+    clock = f"{hertz / 1e9:g} GHz ({told})" if hertz else "1 GHz, which desktop and server cards exceed"
+    hertz = hertz or 1e9
+    sources = {
+        "memory_bytes": measured,
+        "reserved_bytes": f"the larger of what is in use now ({measured}) and 616 MiB of CUDA context",
+        "bandwidth": f"derived, {unlisted}: twice the clock of its memory times the width of its bus ({told})"
+        if bandwidth
+        else f"conservative guess, {unlisted}: 100 GB/s",
+    }
+    for dtype, rate in per_clock.items():
+        least = f"{rate} per multiprocessor and clock, the least of {generation if derived else 'all'}"
+        counted = f"{least}, x {multiprocessors} x {clock}"
+        sources[f"flops.{dtype}"] = f"{'derived' if derived else 'conservative guess'}, {unlisted}: {counted}"
+    if not integrated:
+        sources["interconnect"] = f"conservative guess, {unlisted}: PCI Express 3.0 with 16 lanes, each way"
     return Hardware(
         name=AUTO,
         kind="cuda",
         title=device,
         memory_bytes=memory_bytes,
         reserved_bytes=max(used_bytes, 616 * 2**20),
-        bandwidth=100e9,
-        flops={dtype: rate * multiprocessors * 1e9 for dtype, rate in rates.items()},
+        bandwidth=bandwidth or 100e9,
+        flops={dtype: rate * multiprocessors * hertz for dtype, rate in per_clock.items()},
         providers=("CUDAExecutionProvider", "CPUExecutionProvider"),
-        sources={
-            "memory_bytes": measured,
-            "reserved_bytes": f"the larger of what is in use now ({measured}) and 616 MiB of CUDA context",
-            "bandwidth": unknown,
-        }
-        | {f"flops.{dtype}": f"{unknown}: {rate:g} per multiprocessor at 1 GHz" for dtype, rate in rates.items()},
+        interconnect=None if integrated else INTERCONNECT,
+        sources=sources,
     )
-
-
-# FLOP (or int8 OP) per core and clock. A multiply-add counts as two. Where the flags do not tell how many units there
-# are, the smaller number is taken: one 512-bit unit (server parts often have two), two 128-bit units on Arm.
-_PER_CLOCK: dict[str, dict[str, int]] = {
-    "fp32": {"sse2": 8, "avx": 16, "fma": 32, "avx512f": 32, "asimd": 16},
-    "fp16": {"avx512_fp16": 64, "asimdhp": 32},
-    "bf16": {"avx512_bf16": 64, "amx_bf16": 1024, "bf16": 32},
-    "int8": {"sse2": 16, "avx2": 64, "avx_vnni": 128, "avx512_vnni": 128, "amx_int8": 2048}
-    | {"asimd": 32, "asimddp": 64, "i8mm": 128},
-}
 
 
 def _cpu() -> Hardware:
@@ -360,12 +340,7 @@ def _cpu() -> Hardware:
     processor = machine.processor()
     cores = machine.cores()
     hertz, clock_source = machine.clock()
-    # FLOP/s = cores x clock x FLOP per clock of the widest instruction set; without SIMD one scalar multiply-add, 2.
-    per_clock = {"fp32": 2} | {
-        dtype: max(found)
-        for dtype, rates in _PER_CLOCK.items()
-        if (found := [rate for flag, rate in rates.items() if flag in processor.flags])
-    }
+    per_clock = rates.of_core(processor.flags)
     return Hardware(
         name=AUTO,
         kind="cpu",
@@ -377,7 +352,7 @@ def _cpu() -> Hardware:
         flops={dtype: cores * hertz * rate for dtype, rate in per_clock.items()},
         providers=("CPUExecutionProvider",),
         cores=cores,
-        instructions=tuple(sorted(processor.flags & {flag for rates in _PER_CLOCK.values() for flag in rates})),
+        instructions=tuple(sorted(processor.flags & {flag for known in rates.OF_CORES.values() for flag in known})),
         sources={
             "memory_bytes": memory.total_source,
             "reserved_bytes": f"total minus what is available now ({memory.available_source})",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from edgepeft import backbone, hardware, roofline, tasks
+from edgepeft import anatomy, backbone, hardware, roofline, tasks
 from edgepeft.errors import UsageError, nearest
 from edgepeft.export.packing import BLOCK
 from edgepeft.export.quantize import BITS, PROTECTED, SMALLEST
@@ -32,7 +32,8 @@ TIGHT = 0.9  # of what is free: the rest is for what a system does beside
 class Variant:
     """One precision: bytes of weights, of keys and values at the context length, of the rest; and tokens per second.
 
-    A classifier has no cache, and reads but does not write.
+    Reading is of a prompt that fills the context, writing is at the end of one. A classifier has no cache, and reads
+    but does not write.
     """
 
     precision: str
@@ -58,6 +59,12 @@ class InferencePlan:
     def fits(self) -> bool:
         """Whether any precision does."""
         return any(variant.verdict != "NO" for variant in self.variants)
+
+    @property
+    def lengths(self) -> str:
+        """What the speeds are for."""
+        writing = "" if self.variants[0].write_tokens_per_second is None else ", and of writing after as many"
+        return f"Speeds are of reading {self.tokens} tokens{writing}, on {self.hardware.title}."
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -119,8 +126,9 @@ def remedy(failed: InferencePlan, again: Callable[[int], InferencePlan]) -> str:
         again: plans for another number of tokens.
     """
     need = min(variant.needed_bytes for variant in failed.variants)
-    machines = sorted(map(hardware.load, hardware.names()), key=lambda each: each.available_bytes)
-    ways = [f"--target {each.name}" for each in machines if each.available_bytes >= need][:1]
+    runners = [each for each in (hardware.load(name).runner for name in hardware.names()) if each is not None]
+    roomy = [each for each in runners if each.available_bytes >= need]
+    ways = [f"--target {each.name}" for each in sorted(roomy, key=lambda each: each.available_bytes)][:1]
     tokens = failed.tokens // 2
     while tokens >= SHORTEST and not again(tokens).fits:
         tokens //= 2
@@ -131,7 +139,7 @@ def remedy(failed: InferencePlan, again: Callable[[int], InferencePlan]) -> str:
 
 def weights_bytes(model: Any, task: str, precision: str) -> int:
     """Bytes of the weights of the exported graphs; ``export.quantize`` says what is stored how."""
-    size = sum(_stored(weight, kind, task, precision) for weight, kind in _weights(model))
+    size = sum(_stored(each.tensor, each.kind, task, precision) for each in _weights(model))
     if task == "seq2seq":  # encoder and decoder are graphs of their own, and both look tokens up
         size += _stored(model.get_input_embeddings().weight, "lookup", task, precision)
     return size
@@ -156,7 +164,7 @@ def _variant(model: Any, task: str, precision: str, hardware: Hardware, tokens: 
     working = PROCESS_BYTES + _repacked_bytes(model, task, precision) + _activation_bytes(model, task, tokens)
     needed = weights + cache + working
     share = needed / hardware.available_bytes
-    reading, writing = _speeds(model, task, precision, hardware, weights, cache)
+    reading, writing = _speeds(model, task, precision, hardware, tokens, cache)
     return Variant(
         precision=precision,
         weights_bytes=weights,
@@ -170,21 +178,65 @@ def _variant(model: Any, task: str, precision: str, hardware: Hardware, tokens: 
 
 
 def _speeds(
-    model: Any, task: str, precision: str, hardware: Hardware, weights: int, cache: int
+    model: Any, task: str, precision: str, hardware: Hardware, tokens: int, cache: int
 ) -> tuple[float, float | None]:
     """Tokens per second of reading a prompt and of writing: the roofline, with two operations a weight and token.
 
-    The int8 kernels multiply integers; so do the int4 ones, once they have unpacked the weights.
+    The int8 kernels multiply integers; so do the int4 ones, once they have unpacked the weights. Attention, and what is
+    protected from quantisation, is computed in fp32.
     """
-    dtype = "fp32" if precision == "fp32" else "int8"
-    linear = sum(weight.numel() for weight, kind in _weights(model) if kind in ("linear", "head"))
-    peak = roofline.peak(hardware, dtype)
-    reading = peak * roofline.reached(hardware, "matmul") / (2 * linear)
+    found = anatomy.find(model)
+    read, written = _passes(model, task, found)
+    first, *others = found.stacks
+    last = others[-1] if others else first
+
+    def seconds(passed: list[_Weight], operation: str, attention: float) -> float:
+        work = {"fp32": 0, "int8": 0}
+        for each in passed:
+            if each.kind != "plain":  # norms and biases
+                integer = precision != "fp32" and each.kind != "protected"
+                work["int8" if integer else "fp32"] += 2 * each.tensor.numel()
+        share = roofline.reached(hardware, operation)
+        products = sum(flops / (roofline.peak(hardware, dtype) * share) for dtype, flops in work.items())
+        return products + attention / (roofline.peak(hardware, "fp32") * roofline.reached(hardware, "attention"))
+
+    # A decoder's piece of a prompt attends to all before it and to itself: on average to half of the prompt and a half.
+    attended = (tokens + min(tokens, PREFILL_TOKENS)) / 2 if task == "causal-lm" else tokens
+    reading = 1 / seconds(read, "matmul", _attention(model, found, first) * attended)
     if task == "classification":
         return reading, None
-    computing = 2 * linear / (peak * roofline.reached(hardware, "thin"))
-    moving = (weights + cache) / (hardware.bandwidth * roofline.reached(hardware, "elementwise"))
+    # A decoder beside an encoder attends twice: to what it wrote, and to what the encoder read.
+    computing = seconds(written, "thin", len(found.stacks) * _attention(model, found, last) * tokens)
+    size = sum(_stored(each.tensor, each.kind, task, precision) for each in written)
+    moving = (size + cache) / (hardware.bandwidth * roofline.reached(hardware, "elementwise"))
     return reading, 1 / max(computing, moving)
+
+
+def _passes(model: Any, task: str, found: anatomy.Anatomy) -> tuple[list[_Weight], list[_Weight]]:
+    """The weights that a token passes when it is read, and those that it passes when it is written.
+
+    Tables that tokens are looked up in are neither. The encoder's graph reads: that is the encoder, and the keys and
+    values of cross-attention, which are made once. The decoder's graph writes: that is the rest, with the head.
+    """
+    passed = [each for each in _weights(model) if each.kind != "lookup"]
+    if task != "seq2seq":
+        return passed, passed
+    crossing = set(found.linears(("cross_key", "cross_value")))
+    encoder = f"{found.stacks[0].owner}."
+    read = [each.module.startswith(encoder) or each.module in crossing for each in passed]
+    return (
+        [each for each, reads in zip(passed, read, strict=True) if reads],
+        [each for each, reads in zip(passed, read, strict=True) if not reads],
+    )
+
+
+def _attention(model: Any, found: anatomy.Anatomy, stack: anatomy.Stack) -> int:
+    """FLOP of a token that attends to one: a product of query and key, and one of score and value, in each layer.
+
+    Both are of all heads together, which is what the projection of the output reads.
+    """
+    outputs = [block.linears["output"][0] for block in found.blocks if block.path.startswith(f"{stack.layers}.")]
+    return sum(4 * model.get_submodule(name).in_features for name in outputs)
 
 
 def _repacked_bytes(model: nn.Module, task: str, precision: str) -> int:
@@ -194,7 +246,8 @@ def _repacked_bytes(model: nn.Module, task: str, precision: str) -> int:
     """
     if precision == "fp32":
         return 0
-    return sum(_stored(weight, kind, task, precision) for weight, kind in _weights(model) if kind in ("linear", "head"))
+    repacked = (each for each in _weights(model) if each.kind in ("linear", "head"))
+    return sum(_stored(each.tensor, each.kind, task, precision) for each in repacked)
 
 
 def _activation_bytes(model: Any, task: str, tokens: int) -> int:
@@ -203,15 +256,23 @@ def _activation_bytes(model: Any, task: str, tokens: int) -> int:
     A decoder reads a prompt in pieces, each against all that came before; an encoder reads all at once, and makes no
     logits of tokens.
     """
-    widest = max(weight.shape[0] for weight, kind in _weights(model) if kind == "linear")
+    widest = max(each.tensor.shape[0] for each in _weights(model) if each.kind == "linear")
     heads = int(model.config.num_attention_heads)
     read = min(tokens, PREFILL_TOKENS) if task == "causal-lm" else tokens
     logits = read * model.config.vocab_size if task == "causal-lm" else 0
     return (read * (2 * widest + heads * tokens) + logits) * SINGLE
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
-    """Each weight once, with what it is: linear, protected, lookup, head (tied to a lookup) or plain."""
+class _Weight(NamedTuple):
+    """``kind``: linear, protected, lookup, head (tied to a lookup) or plain; ``module`` is dotted."""
+
+    tensor: torch.Tensor
+    kind: str
+    module: str
+
+
+def _weights(model: nn.Module) -> Iterator[_Weight]:
+    """Each weight once."""
     lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     made: Any = model
     head = made.get_output_embeddings()
@@ -222,14 +283,14 @@ def _weights(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
             if id(weight) in seen:
                 continue
             seen.add(id(weight))
+            kind = "plain"
             if id(weight) in tied:
-                yield weight, "head"
+                kind = "head"
             elif id(weight) in lookups:
-                yield weight, "lookup"
+                kind = "lookup"
             elif isinstance(module, nn.Linear) and part == "weight":
-                yield weight, "protected" if PROTECTED in name.split(".") else "linear"
-            else:
-                yield weight, "plain"
+                kind = "protected" if PROTECTED in name.split(".") else "linear"
+            yield _Weight(weight, kind, name)
 
 
 def _stored(weight: torch.Tensor, kind: str, task: str, precision: str) -> int:

@@ -169,7 +169,7 @@ def _inference(
     _alone("--infer", True, training, "With --infer there is nothing to train.")
     from edgepeft import backbone, hardware, inferplan, tables
 
-    device = hardware.load(hardware.AUTO if target is None else target)
+    device = hardware.runner(hardware.AUTO if target is None else target)
     source = backbone.resolve(model)
     planned = partial(inferplan.plan_model, source, device, task=task, trust_remote_code=trust_remote_code)
     found = planned(tokens=tokens)
@@ -177,6 +177,7 @@ def _inference(
         _print_json(found.as_json())
     else:
         tables.inference(found)
+        tables.say(found.lengths)
     if not found.fits and not as_json:
         tables.say(f"Nothing fits. {inferplan.remedy(found, lambda shorter: planned(tokens=shorter))}")
     if not found.fits:

@@ -125,6 +125,12 @@ def check_devices(devices: int, device: Hardware) -> None:
         raise UsageError(f"--gpus {devices} must be positive.", "", "")
     if devices > 1 and device.kind != "cuda":
         raise UsageError(f"{device.title} is not a GPU.", "--gpus is about GPUs only.", "Leave it out.")
+    if devices > 1 and not device.several:
+        raise UsageError(
+            f"There is no machine with {devices} x {device.name}.",
+            "Its profile states no interconnect, over which several would meet.",
+            "Leave --gpus out; in a profile of your own, state `interconnect` (bytes per second, each way).",
+        )
 
 
 def machines() -> list[Hardware]:

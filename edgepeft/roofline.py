@@ -39,9 +39,11 @@ def seconds(work: Mapping[str, Work], hardware: Hardware) -> float:
 
 
 def sending_seconds(sent_bytes: float, hardware: Hardware) -> float:
-    """Time in which one of several devices sends so many bytes to others and receives as many."""
-    usual = hardware.bandwidth if hardware.kind == "cpu" else INTERCONNECT  # processes pass it through memory
-    return sent_bytes / ((hardware.interconnect or usual) * reached(hardware, "sending"))
+    """Time in which one of several devices sends so many bytes to others and receives as many.
+
+    Processes on a CPU pass it through memory. A GPU without an interconnect is alone, and sends nothing.
+    """
+    return sent_bytes / ((hardware.interconnect or hardware.bandwidth) * reached(hardware, "sending"))
 
 
 def along(low: Mapping[str, Work], high: Mapping[str, Work], place: float) -> dict[str, Work]:
@@ -113,5 +115,4 @@ USUAL: Mapping[str, Mapping[str, float]] = {
 # cuda: 7 us for Python, dispatch and recording of an operator on a tensor that needs gradients (pytorch/pytorch issue
 # 41383), and about 3 us for the launch. cpu: measured by tools/probe.py on the machine above.
 CALL_SECONDS: Mapping[str, float] = {"cuda": 10e-6, "cpu": 2e-6}
-INTERCONNECT = 15.75e9  # of GPUs whose profile states none: PCIe 3.0 with 16 lanes, each way
 VIEW = 0.3  # a view is dispatched and recorded, but nothing is allocated or launched

@@ -125,15 +125,18 @@ def test_training_alone_is_proposed_where_merging_and_exporting_do_not_fit(again
     assert again(small, **{**asked, **way.change}).chosen().least_bytes == way.least_bytes
 
 
-def test_a_machine_of_another_kind_is_proposed_where_there_is_none_alike(again: Callable[..., Plan]) -> None:
+def test_a_machine_of_another_kind_is_proposed_where_there_is_none_alike(
+    again: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By planning for it: what a CPU takes says nothing of a GPU."""
-    none = with_free(hardware.load("t4-16gb"), 1 << 20)  # the only GPU without bf16
+    none = with_free(hardware.load("t4-16gb"), 1 << 20)
+    monkeypatch.setattr(hardware, "names", lambda: ["a100-40gb", "cpu-x86-16gb"])  # no GPU without bf16
     failed = again(none, precision=None)
     found = alternatives.find(
         failed, partial(again, none, precision=None), tokens=2048, global_batch=16, method=None, precision=None
     )
     named = [way.change["hardware"] for way in found if "hardware" in way.change]
-    assert len(named) == 1 and again(hardware.load(named[0]), precision=None).choice is not None
+    assert named == ["cpu-x86-16gb"] and again(hardware.load(named[0]), precision=None).choice is not None
 
 
 def test_a_method_that_cannot_accumulate_is_offered_a_smaller_global_batch(again: Callable[..., Plan]) -> None:
@@ -159,6 +162,20 @@ def test_the_nearest_precision_is_proposed(again: Callable[..., Plan]) -> None:
         failed, partial(again, small), tokens=2048, global_batch=16, method="ln_tuning", precision="fp32"
     )
     assert [way.change["precision"] for way in found if set(way.change) == {"precision"}] == ["bf16"]
+
+
+def test_several_are_proposed_only_of_what_stands_with_others_in_a_machine(again: Callable[..., Plan]) -> None:
+    """Four of a card that is full: the least that has room is the Jetson, which is alone on its board."""
+    asked: dict[str, Any] = {"method": "lora", "tokens": 32, "devices": 4}
+    none = with_free(hardware.load("a100-40gb"), 1 << 20)
+    given: dict[str, Any] = {"tokens": 32, "global_batch": 16, "method": "lora", "precision": "bf16"}
+    found = alternatives.find(again(none, **asked), partial(again, none, **asked), **given)
+    (larger,) = [way for way in found if "hardware" in way.change]
+    assert again(hardware.load(larger.change["hardware"]), **asked).choice is not None
+    alone = with_free(hardware.load("jetson-orin-nano-8gb"), 1 << 20)
+    one = {**asked, "devices": 1}
+    found = alternatives.find(again(alone, **one), partial(again, alone, **one), **given)
+    assert found and not [way for way in found if "devices" in way.change]
 
 
 def with_free(device: Hardware, free_bytes: int) -> Hardware:

@@ -64,6 +64,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
         (["--gpu", "t4-16gb", "--gpus", "0"], "--gpus 0 must be positive"),
         (["--gpu", "t4-16gb", "--gpus", "3"], "16 cannot be shared among 3"),
         (["--gpu", "raspberry-pi-5-8gb", "--gpus", "2"], "is not a GPU"),
+        (["--gpu", "jetson-orin-nano-8gb", "--gpus", "4"], "no machine with 4 x jetson-orin-nano-8gb"),
         (["--gpu", "t4-16gb", "--gpus", "2", "--method", "galore"], "galore cannot be trained on 2 devices"),
     ],
 )

@@ -25,6 +25,8 @@ FLOORS = (
         "kernels",
         "machine",
         "precision",
+        "profile",
+        "rates",
         "catalog",
         "chat",
         "peft_config",

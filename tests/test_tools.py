@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 import docs
+import probe
 import tiny_t5
+from edgepeft import hardware
 from edgepeft.errors import EdgePeftError
 from edgepeft.files import sha256
 from edgepeft.methods import base
@@ -196,3 +198,11 @@ def test_an_unknown_model_is_refused_with_the_nearest_name() -> None:
         text=True,
     )
     assert done.returncode == 2 and "Did you mean t5-tiny?" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["jetson-orin-nano-8gb", "v100-32gb", "cpu-x86-16gb"])
+def test_a_profile_that_the_probe_writes_is_the_device_it_found(name: str, tmp_path: Path) -> None:
+    """Its interconnect and the processor beside it too, which are not measured."""
+    known = hardware.load(name)
+    (tmp_path / f"{name}.toml").write_text(probe.as_toml(known), encoding="utf-8")
+    assert hardware.load(str(tmp_path / f"{name}.toml")) == known

@@ -258,10 +258,22 @@ def as_toml(device: Hardware) -> str:
         f"flops = {table(device.flops)}",
         f"reached = {table(device.reached)}",
         *([f"call_seconds = {device.call_seconds:.3g}"] if device.call_seconds else []),
+        *([f"interconnect = {device.interconnect:.4g}"] if device.interconnect else []),
         *([f"cores = {device.cores}"] if device.cores else []),
         *([f"instructions = {texts(device.instructions)}"] if device.instructions else []),
+        *([f"watts = {device.watts:.4g}"] if device.watts else []),
         f"providers = {texts(device.providers)}",
         "",
+    ]
+    if beside := device.processor:
+        lines += [
+            "[processor]",
+            f"reserved_bytes = {beside.reserved_bytes}",
+            f"flops = {table(beside.flops)}",
+            *([f"instructions = {texts(beside.instructions)}"] if beside.instructions else []),
+            "",
+        ]
+    lines += [
         "[sources]",
         *(f"{name} = {_text(source)}" for name, source in device.sources.items()),
     ]
