@@ -20,12 +20,6 @@ COMFORTABLE = 4  # examples: below this a configuration is chosen only when noth
 SAVED = 0.75  # of an optimizer's states, by 8 bits for each number: of fp32 ones; of bf16 ones it is half
 WORTH = 0.05  # of what a configuration takes; if 8 bits save less they are not tried
 
-TIMES = (
-    "Times are estimated from what each class of operators computes and moves, for sequences at full length; "
-    "evaluation, checkpoints and reading data are not in them. The survey's methods they put in order with a rank "
-    "correlation of 0.72 on T5-large and 0.83 on T5-3B (benchmarks/results/time.md)."
-)
-APART = "Sending between devices is counted at the rate of the profile's interconnect, that of devices in one machine."
 PACKED = ("int8", "nf4")
 
 # What is planned when no method is named, safest first. On T5-large, 3B and 11B of the survey (arXiv 2303.15647v2,
@@ -48,7 +42,7 @@ class Plan:
     """Methods that cannot be planned for this model, with the reason."""
     updates: int | None = None
     """Of the whole job, where it is known how much data there is."""
-    times: str = TIMES
+    times: str = ""
     """What the estimated times are worth."""
     devices: int = 1
 
@@ -261,7 +255,7 @@ def plan(
         else _why(candidates, hardware, objective, microbatch or share) + _afterwards(candidates[0], hardware),
         excluded=excluded,
         updates=None if examples is None else math.ceil(epochs * math.ceil(examples / global_batch)),
-        times=TIMES if devices == 1 else f"{TIMES} {APART}",
+        times=" ".join(roofline.caveats(hardware, devices)),
         devices=devices,
     )
 

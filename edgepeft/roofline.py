@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -116,3 +116,21 @@ USUAL: Mapping[str, Mapping[str, float]] = {
 # 41383), and about 3 us for the launch. cpu: measured by tools/probe.py on the machine above.
 CALL_SECONDS: Mapping[str, float] = {"cuda": 10e-6, "cpu": 2e-6}
 VIEW = 0.3  # a view is dispatched and recorded, but nothing is allocated or launched
+
+
+_TIMES = (
+    "Times are estimated from what each class of operators computes and moves, for sequences at full length; "
+    "evaluation, checkpoints and reading data are not in them. The survey's methods they put in order with a rank "
+    "correlation of 0.72 on T5-large and 0.83 on T5-3B (benchmarks/results/time.md)."
+)
+_APART = "Sending between devices is counted at the rate of the profile's interconnect, that of devices in one machine."
+
+
+def caveats(hardware: Hardware, devices: int) -> Iterator[str]:
+    """What who reads estimates of time should know, a sentence or more each."""
+    yield _TIMES
+    if devices > 1:
+        yield _APART
+    if hardware.guessed:
+        what = ", ".join(hardware.guessed)
+        yield f"They rest on guesses of {what}: for {hardware.title} no data sheet is known here."
