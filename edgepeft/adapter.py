@@ -121,10 +121,13 @@ def _wrong(values: Any) -> str:
     return ""
 
 
-def check(directory: Path, method: Method, model: str) -> None:
+def check(directory: Path, method: Method, model: str | None) -> None:
     """Refuse an adapter of another backbone, of another method, or of another version of the method.
 
     An option that the adapter's version did not have yet must have its default.
+
+    Args:
+        model: what the backbone is called; None where it is known to be the adapter's own.
 
     Raises:
         UsageError: see above.
@@ -137,7 +140,7 @@ def check(directory: Path, method: Method, model: str) -> None:
     }
     differing = sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != _plain(stored.get(name)))
     remedy = f"Its {CARD} says what it belongs to: put that into recipe.toml, or train again in another folder."
-    if card.model != model:
+    if model is not None and card.model != model:
         cause = f"It was trained on {card.model}, and this is {model}."
     elif card.method != method.name:
         cause = f"It is one of {card.method}, and this is {method.name}."

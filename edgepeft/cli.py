@@ -200,20 +200,15 @@ app.command("train", help="Plan and train only.")(_to("train"))
 
 
 @app.command()
-def merge(folder: RunFolder, as_json: flags.Json = False) -> None:
+def merge(folder: RunFolder, settings: flags.Set = None, as_json: flags.Json = False) -> None:
     """Merge the adapter of a run into its backbone."""
-    _run(_trained(folder), folder, "merge", as_json)
+    _run(_trained(folder, settings), folder, "merge", as_json)
 
 
 @app.command()
 def export(folder: RunFolder, settings: flags.Set = None, as_json: flags.Json = False) -> None:
     """Export a trained run to ONNX and package it for the device."""
-    from edgepeft import recipe as recipes
-
-    values = _trained(folder)
-    for setting in settings or []:
-        recipes.assign(values, setting)
-    _run(values, folder, "export", as_json)
+    _run(_trained(folder, settings), folder, "export", as_json)
 
 
 @app.command()
@@ -262,15 +257,18 @@ def main() -> None:
         sys.exit(EdgePeftError.exit_code)
 
 
-def _trained(folder: Path) -> dict[str, Any]:
-    """The recipe of a run that was trained to its end."""
+def _trained(folder: Path, settings: Sequence[str] | None) -> dict[str, Any]:
+    """The recipe of a run that was trained to its end, with settings of this call."""
     from edgepeft import recipe as recipes
 
     path = folder / "recipe.toml"
     if not path.exists():
         raise UsageError(f"There is no run in {folder}.", "It has no recipe.toml.", "Start one with `edgepeft run`.")
     recipes.check_trained(folder)
-    return recipes.read(path)
+    values = recipes.read(path)
+    for setting in settings or []:
+        recipes.assign(values, setting)
+    return values
 
 
 def _run(values: dict[str, Any], out: Path, until: str, as_json: bool) -> None:

@@ -148,6 +148,7 @@ class _Job:
         """Choose what the recipe leaves open, and predict the peak of what was chosen."""
         if self.space.recipe.exists():
             self.recipe = self.space.adopt(self.recipe)
+            recipes.write(self.recipe, self.space.recipe)  # what was moved, and what may differ, is found there next
             self.say(f"plan: {self.recipe.choice} (as before)")
             return
         planned = RunPlan(backbone.as_fields(self.config), self.data, self.hardware, whole=self.until != "train")
@@ -285,7 +286,6 @@ class _Job:
             self.say("export: done before")
             return
         self.device = device_after("export", self.hardware, self._planned(), self.say)
-        recipes.write(self.recipe, self.space.recipe)  # whose variants may be new
         deploy.deploy(self._whole, self.recipe, self.data, self.space, self.say)
         self._note_memory({})
         self.space.finish("export", inputs)
@@ -367,7 +367,8 @@ class _Job:
 
     def _after_training(self) -> str:
         method = base.create(self._needs("method"), self.recipe.options)
-        adapter.check(self.space.adapter, method, self.recipe.model)
+        known = self.space.done("training", self.space.training_inputs(self.recipe))
+        adapter.check(self.space.adapter, method, None if known else self.recipe.model)
         return fingerprint(self.space.adapter / adapter.TENSORS, self.space.training_inputs(self.recipe))
 
     def _judged(self, model: Any, ranks: Ranks = ALONE) -> tuple[dict[str, float], list[str]]:

@@ -25,6 +25,9 @@ from edgepeft.recipe import Recipe
 # What may differ from one call to the next without making it another training run.
 _FREE = ("variants", "hardware", "trust_remote_code")
 
+# What may lie elsewhere by the next call, as on another computer, if it is what training began with.
+_MOVABLE = {"data": "the data", "validation": "the validation data", "model": "the model"}
+
 _WEIGHTS = (".safetensors", ".gguf", ".bin")
 _PIECES, _PIECE = 64, 1 << 20  # of large ones that are looked at: training changes all of a file
 
@@ -137,7 +140,7 @@ class Workspace:
         if wanted.devices == 1:  # then there is none, whatever was stored; that they differ is said below
             asked["strategy"] = wanted.strategy
         merged = Recipe(**asked)
-        open_ = {*_FREE, *(name for name in chosen if getattr(stored, name) is None)}
+        open_ = {*_FREE, *(name for name in chosen if getattr(stored, name) is None), *self._moved(merged)}
         differing = [name for name in asked if name not in open_ and getattr(stored, name) != getattr(merged, name)]
         if differing:
             name = differing[0]
@@ -147,6 +150,14 @@ class Workspace:
                 "Choose another --out, or delete the folder to start over.",
             )
         return merged
+
+    def _moved(self, recipe: Recipe) -> Iterator[str]:
+        """What of a recipe is where it says, and in its contents what training began with."""
+        before = self._state().get("training") or {}
+        for name, what in _MOVABLE.items():
+            value = getattr(recipe, name)
+            if value and Path(value).exists() and before.get(what) == fingerprint(Path(value)):
+                yield name
 
     def done(self, stage: str, inputs: Any) -> bool:
         """Whether ``stage`` was finished with these inputs, a fingerprint or several by name."""
@@ -166,15 +177,14 @@ class Workspace:
 
         They are of contents, so that a folder that was copied, or fetched anew, is the same.
         """
-        fields = {
-            entry.name: getattr(recipe, entry.name) for entry in dataclasses.fields(Recipe) if entry.name not in _FREE
-        }
-        files = {"the data": recipe.data, "the validation data": recipe.validation, "the model": recipe.model}
-        sources = {what: Path(name) for what, name in files.items() if name and Path(name).exists()}
+        names = [entry.name for entry in dataclasses.fields(Recipe) if entry.name not in (*_FREE, *_MOVABLE)]
+        fields = {name: getattr(recipe, name) for name in names}
+        named = {what: value for name, what in _MOVABLE.items() if (value := getattr(recipe, name))}
+        sources: dict[str, Any] = {w: Path(v) if Path(v).exists() else v for w, v in named.items()}  # or on the hub
         if (configuration := path_of(recipe.method)) is not None:
             sources["PEFT's configuration"] = configuration
         others = {f"the adapter {name}": found for name in _named(recipe.options) if (found := self._other(name))}
-        return {"the recipe": fingerprint(fields), **{w: fingerprint(path) for w, path in sources.items()}, **others}
+        return {"the recipe": fingerprint(fields), **{w: fingerprint(each) for w, each in sources.items()}, **others}
 
     def _other(self, folder: str) -> str | None:
         """A fingerprint of another run's adapter; what it was when this run began, where it is gone since.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -223,3 +224,27 @@ def test_qlora_on_a_language_model_measures_every_merge(tmp_path: Path) -> None:
     kept = [row for name, row in found.items() if name.startswith("merged") and row.kept]
     best = min(found["merged-dequantised"].metrics["loss"], found["merged-original"].metrics["loss"])
     assert len(kept) == 1 and kept[0].metrics["loss"] == best and (space.merged / "model.safetensors").exists()
+
+
+def test_a_run_goes_on_where_its_model_and_data_were_moved_to(tmp_path: Path) -> None:
+    home = Path(shutil.copytree(training.source("causal-lm"), tmp_path / "here"))
+    asked = Recipe(
+        model=str(home / "model"), data=str(home / "data.jsonl"), method="lora", precision="fp32", max_steps=2
+    )
+    pipeline.run(asked, tmp_path / "run", until="train")
+    home.rename(tmp_path / "there")
+    out = Path(shutil.copytree(tmp_path / "run", tmp_path / "copy"))
+    shutil.rmtree(out / "checkpoints")
+    made = (out / "adapter" / "adapter.safetensors").read_bytes()
+    moved = replace(asked, model=str(tmp_path / "there" / "model"), data=str(tmp_path / "there" / "data.jsonl"))
+    pipeline.run(moved, out, until="merge")
+    assert (out / "merged").is_dir() and (out / "adapter" / "adapter.safetensors").read_bytes() == made
+    other = Path(shutil.copytree(tmp_path / "there" / "model", tmp_path / "other"))
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    with pytest.raises(UsageError, match="already holds a different run") as caught:
+        pipeline.run(replace(moved, model=str(other)), out, until="merge")
+    assert caught.value.cause.startswith("model differ")
+    (tmp_path / "there" / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 9)
+    with pytest.raises(UsageError, match="has changed: the data"):
+        pipeline.run(moved, out, until="merge")
+    assert (out / "adapter" / "adapter.safetensors").read_bytes() == made
