@@ -319,8 +319,8 @@ def _rank(
     method, precision, lighter, again = _preference(candidate, hardware)
     cramped = _alike_in(candidate) not in roomy
     preference = (not candidate.fits, candidate.verdict == "TIGHT", method, cramped, precision, lighter)
-    if candidate.strategy:  # several devices share the work to be done sooner
-        return (*preference, candidate.update_seconds or math.inf, candidate.strategy, again)
+    if candidate.strategy:  # several devices share the work to be done sooner; DDP where it fits, which sends less
+        return (*preference, candidate.strategy, candidate.update_seconds or math.inf, again)
     return (*preference, not _comfortable(candidate, wanted), again)
 
 

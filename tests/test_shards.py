@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from edgepeft import adapter, checkpoint, schedule, shards
+from edgepeft import adapter, checkpoint, ledger, pipeline, schedule, shards
 from edgepeft.errors import UsageError
 from edgepeft.methods import base
 from edgepeft.ranks import ALONE, Ranks, joined
@@ -132,3 +132,14 @@ def test_all_ranks_run_as_many_passes(count: int) -> None:
         ranks = [Ranks(rank, count, sharded=True) for rank in range(count)]
         assert len({len(each.mine(items)) + len(each.idle(items)) for each in ranks}) == 1
         assert not any(Ranks(rank, count).idle(items) for rank in range(count))
+
+
+def test_a_run_as_a_user_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPEFT_CACHE", str(tmp_path / "cache"))
+    chosen = training.written("causal-lm", options={}, checkpointing=False, devices=2, strategy="fsdp", max_steps=2)
+    said = list[str]()
+    space = pipeline.run(chosen, tmp_path / "run", until="merge", say=said.append)
+    assert any("on 2 devices by FSDP" in line for line in said)
+    rows = {row.artefact: row for row in ledger.read(space.ledger)}
+    assert rows["adapter"].metrics["loss"] < rows["base"].metrics["loss"] and rows["merged-fp32"].kept
+    assert "a sharded model holds is not followed on a CPU" in (tmp_path / "run" / "report.html").read_text()
