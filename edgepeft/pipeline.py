@@ -367,9 +367,10 @@ class _Job:
 
     def _after_training(self) -> str:
         method = base.create(self._needs("method"), self.recipe.options)
-        known = self.space.done("training", self.space.training_inputs(self.recipe))
+        inputs = self.space.training_inputs(self.recipe)  # reads data and model
+        known = self.space.done("training", inputs)
         adapter.check(self.space.adapter, method, None if known else self.recipe.model)
-        return fingerprint(self.space.adapter / adapter.TENSORS, self.space.training_inputs(self.recipe))
+        return fingerprint(self.space.adapter / adapter.TENSORS, inputs)
 
     def _judged(self, model: Any, ranks: Ranks = ALONE) -> tuple[dict[str, float], list[str]]:
         """Metrics of a model on the held-out examples, and its answers to some."""

@@ -16,7 +16,7 @@ from edgepeft.recipe import PRECISIONS
 from edgepeft.surface import ADAMW, AFTERWARDS, DDP, EIGHT_BIT, FSDP, Configuration, Surface
 
 GiB = 2**30
-COMFORTABLE = 4  # examples: below this a configuration is chosen only when nothing else fits
+COMFORTABLE = 4  # examples: below this a method is planned in a smaller precision too, and with 8-bit states
 SAVED = 0.75  # of an optimizer's states, by 8 bits for each number: of fp32 ones; of bf16 ones it is half
 WORTH = 0.05  # of what a configuration takes; if 8 bits save less they are not tried
 
@@ -206,8 +206,9 @@ def plan(
     def consider(rounds: Sequence[Sequence[Configuration]]) -> None:
         nonlocal refused, settled
         for part in rounds:
-            if first and any(each.verdict == "FITS" and each.method != part[0].method for each in candidates):
-                return  # methods that are preferred less rank behind it
+            found = [_preference(each, hardware)[0] for each in candidates if each.verdict == "FITS"]
+            if first and found and all(_preference(each, hardware)[0] > min(found) for each in part):
+                return  # all that is left is of methods that are preferred less, and ranks behind it
             part = [configuration for configuration in part if configuration.method not in settled]
             for configuration, traced in zip(part, traces.find(part, progress), strict=True):
                 if isinstance(traced, EdgePeftError):
