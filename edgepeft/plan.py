@@ -203,12 +203,20 @@ def plan(
     refused: EdgePeftError | None = None
     settled: set[str] = set()
 
+    def safety(each: Candidate | Configuration) -> float:
+        return _preference(each, hardware)[0]
+
+    def fitting() -> float:
+        return min((safety(each) for each in candidates if each.verdict == "FITS"), default=math.inf)
+
+    def comfortable() -> float:
+        return min((safety(each) for each in candidates if each.method in settled), default=math.inf)
+
     def consider(rounds: Sequence[Sequence[Configuration]]) -> None:
         nonlocal refused, settled
         for part in rounds:
-            found = [_preference(each, hardware)[0] for each in candidates if each.verdict == "FITS"]
-            if first and found and all(_preference(each, hardware)[0] > min(found) for each in part):
-                return  # all that is left is of methods that are preferred less, and ranks behind it
+            if first and all(safety(each) > fitting() or safety(each) >= comfortable() for each in part):
+                return  # all that is left ranks behind what was found
             part = [configuration for configuration in part if configuration.method not in settled]
             for configuration, traced in zip(part, traces.find(part, progress), strict=True):
                 if isinstance(traced, EdgePeftError):
@@ -223,14 +231,14 @@ def plan(
                         for how, surface in _shared(configuration, traced, devices, strategy)
                     )
             settled = {each.method for each in candidates if _comfortable(each, microbatch or share)}
-            if first and settled:
-                return  # all others rank behind it
 
     consider(_alike(wanted, hardware) if first else _rounds(wanted, sparing, objective))
-    if optimizer is None and (not settled or (objective == "memory" and methods and not sparing)):
+    least = objective == "memory" and methods and not sparing
+    tried = [each for each in wanted if least or safety(each) < comfortable()] if optimizer is None else []
+    if tried:
         settled = set()
         fixed = None if objective == "memory" else microbatch
-        gaining = [each for each in wanted if _gains(each, candidates, hardware, fixed)]
+        gaining = [each for each in tried if _gains(each, candidates, hardware, fixed)]
         lighter = [replace(each, optimizer=EIGHT_BIT) for each in gaining]
         consider(_alike(lighter, hardware) if first else [lighter])
     if not candidates and refused is not None:

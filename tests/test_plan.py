@@ -378,6 +378,8 @@ def test_states_in_8_bits_are_tried_where_nothing_fits_well_with_others() -> Non
     assert [(each.optimizer, each.fits) for each in found.candidates] == [(EIGHT_BIT, True), (ADAMW, False)]
     assert "8 bits" in found.why and found.as_json()["candidates"][0]["optimizer"] == EIGHT_BIT
     assert small_plan(**wide, hardware=tight, first=True).chosen() == found.chosen()
+    lesser = {**wide, "methods": ["full", "dora"]}  # which fits well without them, but is preferred less
+    assert [small_plan(**lesser, hardware=tight, first=soon).chosen() for soon in (True, False)] == [found.chosen()] * 2
     assert small_plan(**wide, hardware=tight, optimizer=ADAMW).choice is None
     least = small_plan(**wide, objective="memory")
     assert least.chosen().optimizer == EIGHT_BIT
