@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edgepeft import counts, precision
+from edgepeft.answers import stops
 from edgepeft.backbone import Backbone, repack, save
 from edgepeft.errors import EdgePeftError
 from edgepeft.evaluate import better, evaluate, sample_logits
@@ -39,6 +40,7 @@ def merge(
     tokenizer: PreTrainedTokenizerFast,
     out: Path,
     phases: MutableMapping[str, int],
+    ends: Collection[int] = (),
 ) -> list[Row]:
     """Merge a trained model into a Hugging Face folder ``out``, in fp32.
 
@@ -51,6 +53,7 @@ def merge(
         at: the precision it was trained at.
         batches: held-out examples.
         phases: where the most bytes of tensors that merging held are noted, as ``merge``.
+        ends: tokens that training closed answers with: the folder's generation settings name them, beside their own.
 
     Returns:
         The ledger's rows, the kept one last.
@@ -69,6 +72,8 @@ def merge(
             if rows and not better(backbone.task, row.metrics, rows[-1].metrics):
                 rows.insert(0, replace(row, kept=False))
                 return
+            if ends:  # a base model that learned a chat's end of turn would go on behind it
+                model.generation_config.eos_token_id = sorted({*ends, *stops(model)})
             save(model, folder, tokenizer)
             rows[:] = [replace(other, kept=False) for other in rows if other.artefact != f"merged-{at}"]
             if packed:

@@ -265,6 +265,7 @@ class _Job:
                 tokenizer=self.data.tokenizer,
                 out=self.space.merged,
                 phases=held,
+                ends=self.questions.ends,
             )
         except base.NotMergeable as error:
             self._beside()

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import training
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 from edgepeft import ledger, pipeline
 from edgepeft.errors import EdgePeftError, UsageError
@@ -238,7 +238,10 @@ def test_a_run_goes_on_where_its_model_and_data_were_moved_to(tmp_path: Path) ->
     made = (out / "adapter" / "adapter.safetensors").read_bytes()
     moved = replace(asked, model=str(tmp_path / "there" / "model"), data=str(tmp_path / "there" / "data.jsonl"))
     pipeline.run(moved, out, until="merge")
-    assert (out / "merged").is_dir() and (out / "adapter" / "adapter.safetensors").read_bytes() == made
+    assert (out / "adapter" / "adapter.safetensors").read_bytes() == made
+    before, after = (GenerationConfig.from_pretrained(folder).eos_token_id for folder in (moved.model, out / "merged"))
+    closing = AutoTokenizer.from_pretrained(out / "merged").eos_token_id  # what training closes an answer with
+    assert before != closing and after == sorted({before, closing} - {None})
     other = Path(shutil.copytree(tmp_path / "there" / "model", tmp_path / "other"))
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
     with pytest.raises(UsageError, match="already holds a different run") as caught:
