@@ -16,6 +16,7 @@ from edgepeft import __version__, foreign, shards
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.files import atomic_directory, write_json
 from edgepeft.methods.base import Method, state
+from edgepeft.placements import stored
 from edgepeft.placements.selection import canonical
 from edgepeft.placements.stored import CARD as CARD
 from edgepeft.placements.stored import TENSORS as TENSORS
@@ -32,6 +33,9 @@ class Card:
 
     options: dict[str, Any]
     model: str
+    weights: str = ""
+    """A fingerprint of the backbone's weights, where they were in a folder."""
+
     task: str
     precision: str
     labels: tuple[str, ...] | None
@@ -51,6 +55,7 @@ def card(method: Method, *, model: str, task: str, precision: str, labels: tuple
         version=method.version,
         options=asdict(method),
         model=model,
+        weights=stored.weights(model),
         task=task,
         precision=precision,
         labels=labels,
@@ -97,11 +102,11 @@ def read_card(directory: Path) -> Card:
     return Card(labels=None if labels is None else tuple(labels), **values)
 
 
-_LATER = ("edgepeft", "version")  # not in the first cards
+_LATER = ("edgepeft", "version", "weights")  # not in the first cards
 
 # What the card's entries are in JSON.
 _CARD: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("method", "model", "task", "precision", "edgepeft"), (str,)),
+    **dict.fromkeys(("method", "model", "weights", "task", "precision", "edgepeft"), (str,)),
     "version": (int,),
     "options": (dict,),
     "labels": (list, type(None)),
@@ -134,14 +139,14 @@ def check(directory: Path, method: Method, model: str | None) -> None:
     """
     card = read_card(directory)
     wanted: dict[str, Any] = json.loads(json.dumps(asdict(method)))
-    stored = {
+    given = {
         **{field.name: field.default for field in fields(method) if field.name not in card.options},
         **card.options,
     }
-    differing = sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != _plain(stored.get(name)))
+    differing = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != _plain(given.get(name)))
     remedy = f"Its {CARD} says what it belongs to: put that into recipe.toml, or train again in another folder."
-    if model is not None and card.model != model:
-        cause = f"It was trained on {card.model}, and this is {model}."
+    if model is not None and (other := stored.other_backbone(asdict(card), model)):
+        cause = other
     elif card.method != method.name:
         cause = f"It is one of {card.method}, and this is {method.name}."
     elif card.version != method.version:
@@ -149,11 +154,12 @@ def check(directory: Path, method: Method, model: str | None) -> None:
             f"It is of version {card.version} of {method.name}, by edgepeft {card.edgepeft}, and this is version "
             f"{method.version}, which would compute something else with it."
         )
-        remedy = f"Use edgepeft {card.edgepeft} for it, or train again in another folder."
+        use = f"Use edgepeft {card.edgepeft} for it, or train" if card.edgepeft != __version__ else "Train"
+        remedy = f"{use} again in another folder."
     elif differing:
         name = differing[0]
         here = f"here it is {wanted[name]!r}" if name in wanted else f"this {method.name} has no such option"
-        cause = f"It was trained with {name} = {stored[name]!r}, by edgepeft {card.edgepeft}, and {here}."
+        cause = f"It was trained with {name} = {given[name]!r}, by edgepeft {card.edgepeft}, and {here}."
     else:
         return
     raise UsageError(f"The adapter in {directory} does not belong to this run.", cause, remedy)

@@ -12,11 +12,12 @@ from edgepeft.data.columns import needed
 from edgepeft.data.recognise import Misfit
 from edgepeft.errors import UsageError
 from edgepeft.files import atomic_directory
+from edgepeft.fingerprints import fingerprint
 from edgepeft.interop.folder import CONFIG
 from edgepeft.methods import base
 from edgepeft.peft_config import PREFIX
 from edgepeft.recipe import Recipe
-from edgepeft.workspace import Workspace, fingerprint
+from edgepeft.workspace import Workspace
 
 MICROBATCH = 8  # of the evaluations that follow; nothing is trained
 _STAGE = "brought"

@@ -55,11 +55,15 @@ def speed(stages: Sequence[Mapping[str, Any]]) -> float:
 
 @torch.no_grad()
 def beside(before: nn.Module, adapter: Mapping[str, Tensor]) -> int:
-    """Numbers in an adapter that its backbone, in fp32, does not have or has otherwise: what is changed unmerged."""
+    """Numbers in an adapter that its backbone, in fp32, does not have or has otherwise: what is changed unmerged.
+
+    Where the numbers of a sparse adapter stand, which are whole numbers, is none of them.
+    """
     own = dict(before.named_parameters())
     return sum(
         int((tensor.to(own[name]) != own[name]).sum()) if name in own else tensor.numel()
         for name, tensor in adapter.items()
+        if tensor.is_floating_point()
     )
 
 

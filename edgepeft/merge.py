@@ -147,5 +147,6 @@ def to_full_precision(model: nn.Module) -> None:
 
 def relative_difference(reference: Sequence[Tensor], others: Sequence[Tensor]) -> float:
     """The largest difference between two lists of tensors, over the largest magnitude in the first."""
-    difference = max(float((a - b).abs().max()) for a, b in zip(reference, others, strict=True))
-    return difference / max(float(a.abs().max()) for a in reference)
+    difference = torch.stack([(a - b).abs().max() for a, b in zip(reference, others, strict=True)])
+    size = torch.stack([a.abs().max() for a in reference])
+    return float(difference.max() / size.max())  # Python's max would lose a NaN

@@ -38,6 +38,7 @@ from edgepeft.data.tokens import check_vocabulary, pad_id
 from edgepeft.errors import UsageError
 from edgepeft.evaluate import evaluate, validation_batches
 from edgepeft.files import remove_leftovers, size_bytes, write_json
+from edgepeft.fingerprints import fingerprint
 from edgepeft.hardware import load as load_hardware
 from edgepeft.heap import ample
 from edgepeft.launch import threads, train_together, usable
@@ -49,7 +50,7 @@ from edgepeft.recipe import Recipe
 from edgepeft.runplan import RunPlan
 from edgepeft.surface import EIGHT_BIT
 from edgepeft.tasks import check as check_task
-from edgepeft.workspace import Workspace, fingerprint
+from edgepeft.workspace import Workspace
 
 STAGES = ("plan", "train", "merge", "export")
 DEFAULT_TOKENS = 512

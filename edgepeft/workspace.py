@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,8 @@ from filelock import FileLock, Timeout
 
 from edgepeft import recipe as recipes
 from edgepeft.errors import EdgePeftError, UsageError
-from edgepeft.files import sha256, write_json
+from edgepeft.files import write_json
+from edgepeft.fingerprints import fingerprint
 from edgepeft.methods import base
 from edgepeft.peft_config import path_of
 from edgepeft.placements.stored import TENSORS
@@ -27,9 +27,6 @@ _FREE = ("variants", "hardware", "trust_remote_code")
 
 # What may lie elsewhere by the next call, as on another computer, if it is what training began with.
 _MOVABLE = {"data": "the data", "validation": "the validation data", "model": "the model"}
-
-_WEIGHTS = (".safetensors", ".gguf", ".bin")
-_PIECES, _PIECE = 64, 1 << 20  # of large ones that are looked at: training changes all of a file
 
 _BEFORE_THE_PLAN = (
     "data",
@@ -226,33 +223,6 @@ def _without_alias(wanted: Recipe) -> Recipe:
             "Leave --precision out, or name the method itself.",
         )
     return dataclasses.replace(wanted, method=base.create(wanted.method).name, precision=implied)
-
-
-def fingerprint(*parts: Any) -> str:
-    """A short hash of plain data, and of files and folders by their names and contents."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Path) and part.is_file():
-            digest.update(_content(part).encode())
-        elif isinstance(part, Path):
-            for file in sorted(path for path in part.rglob("*") if path.is_file()):
-                digest.update(f"{file.relative_to(part)} {_content(file)}\n".encode())
-        else:
-            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
-
-
-def _content(file: Path) -> str:
-    """A hash of a file; of large weights, which may take minutes to read, of pieces all over it and their size."""
-    size = file.stat().st_size
-    if file.suffix not in _WEIGHTS or size <= _PIECES * _PIECE:
-        return sha256(file)
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as source:
-        for number in range(_PIECES):
-            source.seek(number * (size - _PIECE) // (_PIECES - 1))
-            digest.update(source.read(_PIECE))
-    return digest.hexdigest()
 
 
 def _named(options: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -37,8 +38,8 @@ def needs(name: str, family: str) -> None:
 
 
 def home(name: str) -> str:
-    """The first family that a method works on, from a different one on for each method."""
-    first = base.names().index(name) if name in base.names() else 0
+    """The first family that a method works on, from one on that its name alone decides: no other method moves it."""
+    first = zlib.crc32(name.encode())
     rotated = [FAMILIES[(first + offset) % len(FAMILIES)] for offset in range(len(FAMILIES))]
     return next(family for family in rotated if refusal(name, family) is None)
 

@@ -100,7 +100,11 @@ def test_an_adapter_of_another_version_of_its_method_is_refused(saved: Path, mon
     monkeypatch.setattr(type(method), "version", 2)
     with pytest.raises(UsageError, match="does not belong to this run") as caught:
         adapter.check(saved, method, "m")
-    assert "version 1 of lora" in caught.value.cause and "Use edgepeft" in caught.value.remedy
+    assert "version 1 of lora" in caught.value.cause and caught.value.remedy.startswith("Train again")
+    (saved / adapter.CARD).write_text(json.dumps({**card, "edgepeft": "0.0.1"}))
+    with pytest.raises(UsageError) as caught:
+        adapter.check(saved, method, "m")
+    assert caught.value.remedy.startswith("Use edgepeft 0.0.1 for it, or train again")
 
 
 def test_a_card_that_says_more_than_this_version_knows_is_of_another_one(saved: Path) -> None:

@@ -18,6 +18,7 @@ from edgepeft.errors import UsageError
 from edgepeft.evaluate import sample_logits
 from edgepeft.merge import relative_difference
 from edgepeft.methods import base
+from edgepeft.methods.krona_res import Residual
 from edgepeft.placements.bottleneck import Bottleneck
 
 FAMILIES = ("bert", "distilbert", "llama", "gemma2", "gpt2", "t5", "t5-gated")
@@ -94,38 +95,55 @@ LAYERS = {
 }
 
 
-def written_out(each: Bottleneck) -> Part:
-    """What a bottleneck of plain projections computes."""
-    down, up = (dict(part.named_parameters()) for part in (each.down, each.up))
-
-    def computed(x: Tensor) -> Tensor:
-        inner = each.activation(x @ down["weight"].T + down["bias"])
-        return each.scale * (inner @ up["weight"].T + up["bias"])
-
-    return computed
+# Where the papers put what they add: after both sub-layers, after the feed-forward, beside it, behind the sum after it.
+AFTER_BOTH = ("houlsby", "sparse_adapter", "phm_adapter", "compacter")
+AFTER_LAST = ("adamix", "compacter_pp")
+BESIDE = ("parallel", "mam", "krona_res")
+BEHIND = ("pfeiffer",)
+RELU = ("parallel", "mam", "pfeiffer")  # all others: GELU
+SCALED = ("parallel", "mam")  # by the 4 of He et al.
 
 
-def told(name: str, bottlenecks: list[Bottleneck]) -> Told:
+def written_out(each: Any, name: str) -> Part:
+    """What a bottleneck computes, whose projections are looked at elsewhere, or KronA's product and residual."""
+    if name == "krona_res":
+        return lambda x: x @ torch.kron(each.product.a, each.product.b).T + each.residual * x
+    activation = torch.relu if name in RELU else nn.functional.gelu
+    return lambda x: (4.0 if name in SCALED else 1.0) * _projected(activation(_projected(x, each.down)), each.up)
+
+
+def _projected(x: Tensor, part: nn.Module) -> Tensor:
+    own = dict(part.named_parameters())
+    plain = own.keys() == {"weight", "bias"} and own["weight"].dim() == 2 and not list(part.buffers())
+    return x @ own["weight"].T + own["bias"] if plain else part(x)
+
+
+def told(name: str, added: list[Any]) -> Told:
     """The method's paper in a line each."""
-    first, last = written_out(bottlenecks[0]), written_out(bottlenecks[-1])
+    first, last = written_out(added[0], name), written_out(added[-1], name)
 
     def same(h: Tensor) -> Tensor:
         return h
 
-    if name == "houlsby":
+    if name in AFTER_BOTH:
         return lambda h: h + first(h), lambda h, x: h + last(h), lambda s, norm: norm(s)
-    if name == "pfeiffer":
+    if name in AFTER_LAST:
+        return same, lambda h, x: h + last(h), lambda s, norm: norm(s)
+    if name in BEHIND:
         return same, lambda h, x: h, lambda s, norm: norm(s + last(norm(s)))
     return same, lambda h, x: h + last(x), lambda s, norm: norm(s)
 
 
-@pytest.mark.parametrize("name", ["houlsby", "pfeiffer", "parallel"])
+@pytest.mark.parametrize("name", [*AFTER_BOTH, *AFTER_LAST, *BESIDE, *BEHIND])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_layer_computes_what_the_paper_says(family: str, name: str) -> None:
-    plain = tiny.load(family).model.double()
     made, _ = tiny.adapted(family, name)
     tiny.randomise(nn.ParameterList(adapter.trained(made.model).values()))
-    model = made.model.double()
+    other = tiny.adapted(family, "prefix_tuning")[0] if name == "mam" else tiny.load(family)  # what MAM has too
+    trained = adapter.trained(made.model)
+    for key, parameter in adapter.trained(other.model).items():
+        parameter.data.copy_(trained[key].data)
+    plain, model = other.model.eval().double(), made.model.eval().double()
     seen: dict[str, tuple[Tensor, dict[str, Any], Tensor]] = {}
 
     def see(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -144,10 +162,10 @@ def test_each_layer_computes_what_the_paper_says(family: str, name: str) -> None
     model(**step.inputs(tiny.batch(family, lengths=lengths)))
     for block in made.anatomy.blocks:
         layer = model.get_submodule(block.path)
-        bottlenecks = [module for module in layer.modules() if isinstance(module, Bottleneck)]
-        assert len(bottlenecks) == (2 if name == "houlsby" else 1)
+        added = [module for module in layer.modules() if isinstance(module, (Bottleneck, Residual))]
+        assert len(added) == (2 if name in AFTER_BOTH else 1)
         x, arguments, found = seen[block.path]
-        expected = LAYERS[family](plain.get_submodule(block.path), x, arguments, told(name, bottlenecks))
+        expected = LAYERS[family](plain.get_submodule(block.path), x, arguments, told(name, added))
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
         without = LAYERS[family](
             plain.get_submodule(block.path), x, arguments, (lambda h: h, lambda h, x: h, lambda s, norm: norm(s))

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from conformance import randomised
+from conformance import home, randomised
 from torch import Tensor, nn
 
-from edgepeft import counts
+from edgepeft import adapter, counts
 from edgepeft.methods import base
 
 
@@ -80,6 +80,15 @@ def test_what_stays_beside_the_backbone_is_counted_whole() -> None:
     assert head and counts.beside(plain, state) == beside + head
     fresh = base.state(tiny.adapted("bert", "houlsby")[0].model)
     assert counts.beside(plain, fresh) == beside, "the head is as it was"
+
+
+@pytest.mark.parametrize("name", [name for name in base.names() if not base.find(name).merges])
+def test_what_does_not_merge_changes_what_it_trains(name: str) -> None:
+    """And where the numbers of a sparse adapter stand is no change."""
+    made, _ = tiny.adapted(home(name), name)
+    randomised(made.model, seed=5)
+    trained = sum(parameter.numel() for parameter in adapter.trained(made.model).values())
+    assert counts.beside(tiny.load(home(name)).model, base.state(made.model)) == trained
 
 
 def test_training_is_counted_by_its_last_stage_and_over_all_of_its_time() -> None:

@@ -115,6 +115,42 @@ def test_unipelts_gates_scale_its_low_rank_changes_and_adapters() -> None:
     torch.testing.assert_close(adapter_of(x), opened * (narrow @ parts["up.weight"].T + parts["up.bias"]))
 
 
+QUERIES_AND_VALUES = {
+    "llama": {"self_attn.q_proj", "self_attn.v_proj"},
+    "bert": {"attention.self.query", "attention.self.value"},
+    "t5": {f"layer.{place}.{leaf}" for place in ("0.SelfAttention", "1.EncDecAttention") for leaf in "qv"},
+}
+
+
+def changed(made: Backbone) -> set[str]:
+    """The layers with low-rank changes, within their blocks."""
+    paths = [f"{block.path}." for block in made.anatomy.blocks]
+    names = {name.partition(".delta.")[0] for name in trained(made.model) if ".delta." in name}
+    assert all(any(name.startswith(path) for path in paths) for name in names)
+    return {name.removeprefix(path) for name in names for path in paths if name.startswith(path)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_low_rank_changes_are_of_queries_and_values(family: str) -> None:
+    assert changed(tiny.adapted(family, "unipelt")[0]) == QUERIES_AND_VALUES[family]
+    assert changed(six_layers(family)) == QUERIES_AND_VALUES[family], "S4"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unipelts_adapter_behind_an_open_gate_is_pfeiffers(family: str) -> None:
+    """With all other gates closed."""
+    model, pfeiffer = randomised_twin(family, "unipelt"), tiny.adapted(family, "pfeiffer", reduction=4)[0].model
+    for path, module in model.named_modules():
+        if isinstance(module, Gate):
+            module.weight.data.zero_()
+            module.bias.data.fill_(OPEN if path.endswith("bottleneck.gate") else CLOSED)
+    before = logits(pfeiffer, family)
+    for name, parameter in trained(pfeiffer).items():
+        parameter.data.copy_(trained(model)[name.replace(".bottleneck.", ".bottleneck.adapter.")].data)
+    assert not torch.allclose(logits(pfeiffer, family), before, atol=1e-3)
+    torch.testing.assert_close(logits(model, family), logits(pfeiffer, family), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("layers", "sizes"), [(2, [0, 1, 1, 0]), (6, [1, 2, 2, 1]), (12, [2, 4, 4, 2]), (24, [4, 8, 8, 4])]
 )

@@ -182,7 +182,7 @@ def test_what_peft_cannot_express_is_refused(family: str, name: str, tmp_path: P
 
 
 def test_loftq_belongs_to_its_own_weights(tmp_path: Path) -> None:
-    saved("llama", "lora", {"loftq": 1}, tmp_path / "ours")
+    saved("llama", "lora", {"loftq": 1}, tmp_path / "ours", "nf4")
     with pytest.raises(UsageError, match="LoftQ cannot be written"):
         interop.convert(tmp_path / "ours", tmp_path / "theirs")
 

@@ -144,6 +144,40 @@ def test_the_side_network_starts_as_a_pruned_backbone(at: str) -> None:
     assert torch.equal(rung.layer.input_layernorm.weight, norm[features])
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_each_rung_computes_what_the_paper_says(family: str) -> None:
+    """In float64, from the plain backbone's own layers; section 3.2 of arXiv 2206.06522."""
+    made, _ = tiny.adapted(family, "lst", layers=1.0)
+    tiny.randomise(side(made))
+    plain, model = tiny.load(family).model.double(), made.model.double()
+    seen: list[tuple[Tensor, dict[str, Any], Tensor]] = []
+    for block in made.anatomy.blocks:
+        plain.get_submodule(block.path).register_forward_hook(
+            lambda layer, args, kwargs, output: seen.append((args[0], kwargs, output)), with_kwargs=True
+        )
+    last: Any = model.get_submodule(made.anatomy.blocks[-1].path)
+    found: list[Tensor] = []
+    last.register_forward_hook(lambda layer, args, output: found.append(output))
+    for each in (plain, model):
+        each(**step.inputs(tiny.batch(family, lengths=(9, 9))), use_cache=False)
+
+    def narrowed(x: Tensor, down: nn.Linear) -> Tensor:
+        return x @ down.weight.T + down.bias
+
+    first: Any = model.get_submodule(made.anatomy.blocks[0].path)
+    state = narrowed(seen[0][0], first.entry.down)
+    for block, (_, kwargs, hidden) in zip(made.anatomy.blocks, seen, strict=True):
+        rung: Any = model.get_submodule(f"{block.path}.rung")
+        gate = 1 / (1 + torch.exp(-rung.gate.detach() / 0.1))
+        assert 0.01 < float(gate) < 0.99 and abs(float(gate) - 0.5) > 0.01, "neither end, and the two are told apart"
+        if kwargs.get("position_embeddings") is not None:
+            kwargs = {**kwargs, "position_embeddings": tuple(t[..., ::4] for t in kwargs["position_embeddings"])}
+        state = rung.layer(gate * state + (1 - gate) * narrowed(hidden, rung.down), **kwargs)
+    expected = seen[-1][2] + last.top.norm(state) @ last.top.up.weight.T
+    torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-9)
+    assert (expected - seen[-1][2]).abs().max() > 1e-2
+
+
 def test_narrow_heads_turn_as_wide_ones_do() -> None:
     """Relative positions: scores of a narrow rotated head are those of the kept dimensions of the wide one."""
     made, _ = tiny.adapted("llama", "lst")

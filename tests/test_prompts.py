@@ -25,6 +25,15 @@ LENGTH = 5  # of the prompts and prefixes of narrow models
 DECODERS = ("llama", "qwen3", "gpt2", "gemma2")
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_a_prompt_starts_as_tokens_of_the_vocabulary(family: str) -> None:
+    made, _ = tiny.adapted(family, "prompt_tuning")
+    (prompt_,) = (p for name, p in adapter.trained(made.model).items() if name.endswith("prompt.embeddings"))
+    table: Any = made.model.get_input_embeddings()
+    same = (prompt_.detach()[:, None] == table.weight[None]).all(-1)
+    assert same.any(1).all() and len(set(same.int().argmax(1).tolist())) > 1, "and not all of them one"
+
+
 def unwindowed(family: str, name: str) -> tuple[Any, Any]:
     """A randomised method in a tiny model, and the plain model; Gemma's window is wide: HF PEFT hides prompts by it."""
     found = []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from edgepeft import pipeline, workspace
+from edgepeft import fingerprints, pipeline
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.recipe import Recipe
 from edgepeft.workspace import Workspace
@@ -93,14 +93,14 @@ def test_a_copy_is_the_same_and_what_differs_is_named(tmp_path: Path) -> None:
 
 
 def test_large_weights_are_known_by_pieces_all_over_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workspace, "_PIECES", 4)
-    monkeypatch.setattr(workspace, "_PIECE", 16)
+    monkeypatch.setattr(fingerprints, "_PIECES", 4)
+    monkeypatch.setattr(fingerprints, "_PIECE", 16)
     file = tmp_path / "model.safetensors"
     whole = bytes(range(200))
     found = set()
     for at in (None, 0, 70, 130, 199):
         file.write_bytes(whole if at is None else whole[:at] + b"!" + whole[at + 1 :])
-        found.add(workspace.fingerprint(tmp_path))
+        found.add(fingerprints.fingerprint(tmp_path))
     assert len(found) == 5
 
 

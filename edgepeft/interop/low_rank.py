@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgepeft.backbone import Backbone
-from edgepeft.errors import UsageError
 from edgepeft.interop.form import Form, Read, Tensors, Written, flat, grouped, padded
 from edgepeft.interop.settings import of_layer
 from edgepeft.methods.adalora import AdaLoRA
@@ -21,12 +20,6 @@ _ADA_A, _ADA_B = "lora_A", "lora_B"
 def _write(method: LoRA | DoRA, tensors: Tensors, made: Backbone) -> Written:
     low = "delta.low" if isinstance(method, DoRA) else "delta"
     theirs = {f"{low}.a": A, f"{low}.b": B, "delta.magnitude": MAGNITUDE}
-    if isinstance(method, LoRA) and method.packs_its_own:
-        raise UsageError(
-            "An adapter that began with LoftQ cannot be written for PEFT.",
-            "It belongs to weights that were packed for it, and PEFT would put it on others.",
-            "Merge it instead: edgepeft merge.",
-        )
     layers, _ = grouped(tensors, tuple(theirs))
     named = {layer: {theirs[end]: tensor for end, tensor in ends.items()} for layer, ends in layers.items()}
     settings = {

@@ -37,6 +37,12 @@ def write(folder: Path, target: Path) -> tuple[str, ...]:
             ("Merge it instead: edgepeft merge." if method.merges else "Export it instead: edgepeft export.")
             + f" These can be written: {', '.join(folders.FORMS)}.",
         )
+    if method.packs_its_own:
+        raise UsageError(
+            "An adapter that began with LoftQ cannot be written for PEFT.",
+            "It belongs to weights that were packed for it, and PEFT would put it on others.",
+            "Merge it instead: edgepeft merge.",
+        )
     form = folders.FORMS[method.name]
     made = structure.of(card.model, card.task, tensors)
     whole = structure.whole(tensors, made, norms=form is scales.LN_TUNING)

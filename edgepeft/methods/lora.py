@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from edgepeft import precision
 from edgepeft.anatomy import ROLES, Anatomy
+from edgepeft.errors import UsageError
 from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import delta, loftq, selection, targets
 
@@ -73,6 +74,15 @@ class LoRA(Method):
         self.require(0 <= self.dropout < 1, "dropout", "a probability below 1")
         self.require(self.ratio > 0, "ratio", "above 0")
         self.require(self.loftq >= 0, "loftq", "0 or more")
+
+    def check(self, at: str) -> None:
+        super().check(at)
+        if self.loftq and not precision.is_packed(at):
+            raise UsageError(
+                f"{self.name} with loftq cannot train on {at} weights.",
+                "LoftQ makes up for what packing loses, and they are not packed.",
+                "Use --precision nf4 or int8, or leave the option loftq out.",
+            )
 
     @property
     def packs_its_own(self) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from edgepeft import backbone
+from edgepeft import backbone, fingerprints
 from edgepeft.errors import UsageError
 
 TENSORS, CARD = "adapter.safetensors", "adapter.json"  # of an adapter folder
@@ -35,11 +37,11 @@ def prompt(method: str, folder: str, model: Any, length: int) -> Tensor:
         raise UsageError(
             f"{method}: the adapter in {folder!r} holds no prompt.", f"It is one of {card.get('method')}.", _REMEDY
         )
-    trained_on, own = str(card.get("model")), str(getattr(model.config, "_name_or_path", ""))
-    if own and own not in (trained_on, _location(trained_on)):
+    own = str(getattr(model.config, "_name_or_path", ""))
+    if own and (other := other_backbone(card, own)):
         raise UsageError(
             f"{method}: the prompt in {folder!r} is not one of this backbone.",
-            f"It was trained on {trained_on}, and this is {own}.",
+            other,
             "A prompt means nothing to another model. Train one on this, with --method prompt_tuning.",
         )
     hidden = model.get_input_embeddings().weight.shape[1]
@@ -55,12 +57,33 @@ def prompt(method: str, folder: str, model: Any, length: int) -> Tensor:
     return torch.tensor(found[0], dtype=torch.float32, device=model.get_input_embeddings().weight.device)
 
 
+def other_backbone(card: Mapping[str, Any], model: str) -> str:
+    """Why ``model`` is not what an adapter was trained on, if it is not: by its weights, or by name where it is on the
+    hub or the card is of before there were fingerprints.
+
+    Args:
+        card: of the adapter.
+        model: a name or folder.
+    """
+    trained_on, known, found = str(card.get("model")), card.get("weights"), weights(model)
+    if known and found:
+        same = known == found
+        changed = "whose weights have changed since" if _location(trained_on) == _location(model) else ""
+    else:
+        same, changed = _location(trained_on) == _location(model), ""
+    return "" if same else f"It was trained on {trained_on}, {changed or f'and this is {model}'}."
+
+
+def weights(model: str) -> str:
+    """A fingerprint of the weights of a model in a folder; empty for one elsewhere."""
+    return fingerprints.weights(Path(_location(model)))
+
+
 def _location(name: str) -> str:
-    """Where the model of an adapter's card is, if it still is."""
-    try:
-        return backbone.resolve(name).location
-    except UsageError:
-        return name
+    """Where a model is, if it still is."""
+    with contextlib.suppress(UsageError):
+        name = backbone.resolve(name).location
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 _REMEDY = "Give the folder `adapter` that a run with --method prompt_tuning left."
