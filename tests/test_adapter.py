@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,29 @@ def test_an_adapter_of_another_backbone_or_version_is_refused(
     with pytest.raises(UsageError, match="does not belong to this run") as caught:
         adapter.check(saved, wanted, model)
     assert part in caught.value.cause and caught.value.remedy
+
+
+def test_a_backbone_is_known_by_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it lies and whatever lies beside them; where nothing is known of them, by its name."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny.folder("llama"), "here")
+    method = tiny.method("lora", rank=2)
+    card = adapter.card(method, model="here", task="causal-lm", precision="fp32", labels=None, seed=0)
+    assert card.weights
+    adapter.save(tmp_path / "adapter", tiny.adapted("llama", "lora", rank=2)[0].model, card)
+    Path("here").rename("there")
+    Path("there/README.md").write_text("moved")
+    for model in ("there", "./there", str(tmp_path / "there")):
+        adapter.check(tmp_path / "adapter", method, model)
+    shutil.copytree(tiny.folder("qwen3"), "here")
+    with pytest.raises(UsageError, match="does not belong to this run") as caught:
+        adapter.check(tmp_path / "adapter", method, "here")
+    assert caught.value.cause == "It was trained on here, whose weights have changed since."
+    older = {**json.loads((tmp_path / "adapter" / adapter.CARD).read_text()), "weights": ""}
+    (tmp_path / "adapter" / adapter.CARD).write_text(json.dumps(older))
+    adapter.check(tmp_path / "adapter", method, "./here")
+    with pytest.raises(UsageError, match="does not belong to this run"):
+        adapter.check(tmp_path / "adapter", method, "there")
 
 
 def test_an_adapter_of_another_version_of_its_method_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
