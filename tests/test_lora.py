@@ -118,6 +118,13 @@ def test_one_delta_on_a_fused_projection() -> None:
     ]
 
 
+def test_a_part_of_a_fused_projection_is_refused() -> None:
+    """It would be of queries and keys too."""
+    with pytest.raises(UsageError, match="c_attn is key and query too") as caught:
+        tiny.adapted("gpt2", "lora", targets=("value", "ffn_in"))
+    assert caught.value.remedy.startswith("Give options.targets query, key, value, or none")
+
+
 def test_targets_that_do_not_exist() -> None:
     with pytest.raises(UsageError, match="there is no target 'querry'") as caught:
         tiny.adapted("llama", "lora", targets=("querry",))

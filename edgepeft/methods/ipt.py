@@ -78,7 +78,7 @@ class IPT(Method):
     code is trained, from the mean of the prompts' codes on. The adapter holds the prompt that it stands for.
 
     In the paper the autoencoder is also trained on each prompt's own task, by a 200th of the weight. The data of those
-    tasks is not here.
+    tasks is not here. The head of a classifier learns this run's task in the first stage too.
     """
 
     paper = Paper("Exploring Universal Intrinsic Task Subspace via Prompt Tuning", 2021, "2110.07867")
@@ -105,10 +105,10 @@ class IPT(Method):
         self.require(self.subspace_updates >= 1, "subspace_updates", "at least 1")
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
-        if len(self.prompts) < 2:
+        if len(set(self.prompts)) < 2:
             raise UsageError(
                 f"{self.name} needs the prompts of several tasks.",
-                f"Its option prompts names {len(self.prompts)} adapters, and a space is learned from at least two.",
+                f"Its option prompts names {len(set(self.prompts))} adapters, and a space is learned from at least two.",
                 "Train them with --method prompt_tuning, then give their adapter folders in the recipe's options.",
             )
         given = torch.stack([stored.prompt(self.name, folder, model, self.length) for folder in self.prompts])

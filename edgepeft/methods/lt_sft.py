@@ -20,7 +20,8 @@ class LTSFT(Method):
     The first stage trains the change of every weight of layers and embeddings but those of norms, so that it takes the
     memory of full tuning. A classifier's head is dense in both stages and is not rewound; the pooler of a BERT stays as
     it is. So does the matrix of token logits, tied or not: nearly all entries that move furthest would be its, and none
-    of them helps.
+    of them helps. There is no L1 pull to the start, which the authors' masked-language-model script has in both stages
+    and their scripts for tasks have not.
     """
 
     paper = Paper("Composable Sparse Fine-Tuning for Cross-Lingual Transfer", 2022, "2110.07560")

@@ -38,6 +38,7 @@ class S4(Method):
 
     The groups form a spindle in each stack: a sixth of the layers, two thirds in two groups, a sixth; of fewer than six
     layers the outer groups may have none. Biases are those there are: T5 and Llama have none, and train the rest.
+    Where one layer makes queries, keys and values (GPT-2), LoRA's change is of all three.
     """
 
     paper = Paper("Parameter-Efficient Fine-Tuning Design Spaces", 2023, "2301.01821")

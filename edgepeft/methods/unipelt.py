@@ -55,7 +55,9 @@ class UniPELT(Method):
     """LoRA on queries and values, a prefix before every attention, an adapter at the end of every layer, all gated.
 
     Not in the paper, which averages a gate over the sequence: here every token has gates of its own, so that a decoder
-    sees no later token through them; the prefix's multiply the weights that the token gives to it.
+    sees no later token through them; the prefix's multiply the weights that the token gives to it, so that a closed
+    gate takes the prefix out of the attention, where the authors' leaves keys of zeros. Where one layer makes queries,
+    keys and values (GPT-2), the low-rank change is of all three.
     """
 
     paper = Paper("UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning", 2021, "2110.07577")

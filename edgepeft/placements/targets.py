@@ -15,7 +15,7 @@ def linears(method: str, anatomy: Anatomy, roles: Sequence[str]) -> list[str]:
     """Dotted names of the layers with these roles.
 
     Raises:
-        UsageError: there is no such role, or no such layer in the model.
+        UsageError: there is no such role, or no such layer in the model, or it makes what other roles stand for too.
     """
     for role in roles:
         if role not in ROLES:
@@ -32,6 +32,13 @@ def linears(method: str, anatomy: Anatomy, roles: Sequence[str]) -> list[str]:
             "Give options.targets some of what it has: "
             f"{', '.join(sorted({role for block in anatomy.blocks for role in block.linears}))}.",
         )
+    for name in names:
+        if others := sorted(anatomy.roles(name) - set(roles)):
+            raise UsageError(
+                f"{method}: {name} is {' and '.join(others)} too.",
+                "This model makes them with one layer, all of which would be changed.",
+                f"Give options.targets {', '.join(role for role in ROLES if role in anatomy.roles(name))}, or none.",
+            )
     return names
 
 
