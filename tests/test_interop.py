@@ -32,7 +32,7 @@ from edgepeft.step import inputs
 FAMILIES = ("llama", "gpt2", "bert", "t5")
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("lora", {"rank": 3, "alpha": 5.0}),
-    ("lora", {"rank": 3, "alpha": 5.0, "rank_stabilised": True, "targets": ("query", "value"), "dropout": 0.1}),
+    ("lora", {"rank": 3, "alpha": 5.0, "rank_stabilised": True, "targets": ("query", "key", "value"), "dropout": 0.1}),
     ("dora", {"rank": 3, "alpha": 5.0}),
     ("adalora", {"rank": 3, "budget": 2, "alpha": 5.0}),
     ("ia3", {}),

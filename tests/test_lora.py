@@ -23,7 +23,7 @@ NAMES = {"a": "lora_A", "b": "lora_B"}
         ("llama", ("query", "value")),
         ("llama", ("query", "key", "value", "output", "ffn_in", "ffn_out")),
         ("bert", ("query", "key", "value", "output", "ffn_in", "ffn_out")),
-        ("gpt2", ("query", "output", "ffn_in", "ffn_out")),
+        ("gpt2", ("query", "key", "value", "output", "ffn_in", "ffn_out")),
         ("t5-gated", ("query", "cross_key", "cross_output", "ffn_out")),
     ],
 )

@@ -105,10 +105,10 @@ class IPT(Method):
         self.require(self.subspace_updates >= 1, "subspace_updates", "at least 1")
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
-        if len(set(self.prompts)) < 2:
+        if (count := len(set(self.prompts))) < 2:
             raise UsageError(
                 f"{self.name} needs the prompts of several tasks.",
-                f"Its option prompts names {len(set(self.prompts))} adapters, and a space is learned from at least two.",
+                f"Its option prompts names {count} adapters, and a space is learned from at least two.",
                 "Train them with --method prompt_tuning, then give their adapter folders in the recipe's options.",
             )
         given = torch.stack([stored.prompt(self.name, folder, model, self.length) for folder in self.prompts])
