@@ -20,6 +20,7 @@ FLOORS = (
     {
         "errors",
         "files",
+        "fingerprints",
         "hardware",
         "heap",
         "kernels",
