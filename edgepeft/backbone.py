@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from edgepeft import anatomy, catalog, heap, precision
+from edgepeft import anatomy, attending, catalog, heap, precision
 from edgepeft.catalog import fields
 from edgepeft.errors import EdgePeftError, UsageError, beside, nearest, said
 from edgepeft.tasks import check, default_task
@@ -299,6 +299,7 @@ def _prepare(
     if task == "classification" and model.config.pad_token_id is None:  # decoders look for the last token before it
         eos = model.config.eos_token_id
         model.config.pad_token_id = next(iter(eos if isinstance(eos, list) else [eos or 0]), 0)
+    attending.install()
     linearize(model)
     model.requires_grad_(False)
     model.eval()

@@ -199,8 +199,9 @@ class _Job:
             del plain
             plain = self._load(self._needs("precision"), method.pack)
         torch.manual_seed(self.recipe.seed)
-        with precision.emulating(bf16=self.hardware.bf16) if ranks.sharded else contextlib.nullcontext():
-            base.apply(method, plain)  # for where it will be
+        there = precision.emulating(bf16=self.hardware.bf16, cuda=self.hardware.kind == "cuda")
+        with there if ranks.sharded else contextlib.nullcontext():
+            base.apply(method, plain)
         trainable = sum(parameter.numel() for parameter in adapter.trained(plain.model).values())
         first, *others = method.stages()
         does = "measured" if first.measures else "trained"

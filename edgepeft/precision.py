@@ -51,17 +51,17 @@ def is_converted(model: Mapping[str, Any], precision: str) -> bool:
     return stored_dtype(model) is not compute_dtype(precision)
 
 
-_emulated_bf16: ContextVar[bool | None] = ContextVar("emulated_bf16", default=None)
+_emulated: ContextVar[tuple[bool, bool] | None] = ContextVar("emulated", default=None)
 
 
 @contextlib.contextmanager
-def emulating(*, bf16: bool) -> Iterator[None]:
-    """Choose arithmetic as hardware with or without native bf16 would, whatever this machine has: for planning."""
-    token = _emulated_bf16.set(bf16)
+def emulating(*, bf16: bool, cuda: bool = False) -> Iterator[None]:
+    """Choose arithmetic as a GPU or a CPU with or without native bf16 would, whatever is here: for planning."""
+    token = _emulated.set((cuda, bf16))
     try:
         yield
     finally:
-        _emulated_bf16.reset(token)
+        _emulated.reset(token)
 
 
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -72,8 +72,22 @@ def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """
     if dtype is not torch.bfloat16:
         return dtype
-    emulated = _emulated_bf16.get()
-    return torch.bfloat16 if (_native_bf16(device.type) if emulated is None else emulated) else torch.float32
+    return torch.bfloat16 if _hardware(device)[1] else torch.float32
+
+
+def has_fused_attention(states: Tensor, heads_per_key: int) -> bool:
+    """Whether PyTorch has an attention for these that does not make all scores, on the device where they are.
+
+    On GPUs: for bf16 where there are instructions for it (compute capability 8.0), and where several heads share keys
+    and values for 16 bits only (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+    """
+    cuda, bf16 = _hardware(states.device)
+    return not cuda or (bf16 if states.dtype is torch.bfloat16 else heads_per_key == 1)
+
+
+def _hardware(device: torch.device) -> tuple[bool, bool]:
+    """Whether it is a GPU, and whether it multiplies bf16."""
+    return _emulated.get() or (device.type == "cuda", _native_bf16(device.type))
 
 
 @functools.cache

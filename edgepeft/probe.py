@@ -15,6 +15,7 @@ from edgepeft import largest, precision, work
 from edgepeft import step as training
 from edgepeft.backbone import Backbone, Packing, as_config, skeleton
 from edgepeft.catalog.fields import at_depth, depth
+from edgepeft.cuda_semantics import Device
 from edgepeft.evaluate import sample_logits, totals
 from edgepeft.merge import COMPARED, to_full_precision
 from edgepeft.methods import base
@@ -64,8 +65,8 @@ def recordings(configuration: Configuration, checkpointing: Sequence[bool], *, w
     includes its own evaluations.
     """
     with (
-        precision.emulating(bf16=configuration.bf16),
-        fake_device(cuda=configuration.cuda) as tracker,
+        precision.emulating(bf16=configuration.bf16, cuda=configuration.cuda),
+        fake_device(cuda=_device(configuration)) as tracker,
         _quietly(),
         _collecting_only_ours(),
     ):
@@ -102,6 +103,11 @@ def recordings(configuration: Configuration, checkpointing: Sequence[bool], *, w
             with _converting(), _phase(found, "merge"):
                 _merge(configuration, backbone, method, found)
         return [_only(found, again) for again in checkpointing]
+
+
+def _device(configuration: Configuration) -> Device | bool:
+    """Without bf16: the newest that is without, Turing."""
+    return Device() if configuration.cuda and configuration.bf16 else configuration.cuda and Device(capability=(7, 5))
 
 
 def refuse(model: Mapping[str, Any], task: str, method: Method) -> None:

@@ -36,6 +36,7 @@ FLOORS = (
     },
     {
         "aside",
+        "attending",
         "backbone",
         "tasks",
         "anatomy",
