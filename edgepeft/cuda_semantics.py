@@ -193,9 +193,7 @@ def _attention_on(device: Device) -> Callable[..., Tensor]:
         if attn_mask is None and query.dtype in HALF and device.has_flash and query.shape[-1] <= 256:
             return _flash(query, key, value, dropout_p, is_causal, scale)
         unknown = query.dtype is torch.bfloat16 and not device.has_flash
-        if (
-            unknown or key.shape[1] != query.shape[1]
-        ):  # the scores are there as a whole
+        if unknown or key.shape[1] != query.shape[1]:  # the scores are there as a whole
             return _aten._scaled_dot_product_attention_math(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )[0]

@@ -316,7 +316,7 @@ def _rank(
     candidate: Candidate, wanted: int, roomy: Collection[tuple[str, str, str]], hardware: Hardware, objective: str
 ) -> tuple[Any, ...]:
     """Smaller is better: what fits with room to spare, by the safest method, in the most exact precision that takes a
-    comfortable microbatch. An update of small microbatches is the same update, so they decide between no two methods.
+    comfortable microbatch, and of that the shortest update: one of small microbatches is the same update.
 
     Args:
         roomy: the methods, precisions and optimizers with which something is comfortable.
@@ -330,7 +330,7 @@ def _rank(
     preference = (not candidate.fits, candidate.verdict == "TIGHT", method, cramped, precision, lighter)
     if candidate.strategy:  # several devices share the work to be done sooner; DDP where it fits, which sends less
         return (*preference, candidate.strategy, candidate.update_seconds or math.inf, again)
-    return (*preference, not _comfortable(candidate, wanted), again)
+    return (*preference, candidate.update_seconds or math.inf, not _comfortable(candidate, wanted), again)
 
 
 def _comfortable(candidate: Candidate, wanted: int) -> bool:

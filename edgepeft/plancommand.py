@@ -83,7 +83,7 @@ def plan(
             why = "It is a folder." if path.is_dir() else f"There is no folder {path.absolute().parent}."
             raise UsageError(f"plan: {flag} {path} cannot be written.", why, "Give the name of a file.")
 
-    from edgepeft import alternatives, hardware, planning, tables
+    from edgepeft import alternatives, hardware, planning, planpage, tables
     from edgepeft import recipe as recipes
 
     asked: dict[str, Any] = {
@@ -113,9 +113,9 @@ def plan(
     device = planning.leaving(hardware.load(hardware.AUTO if gpu is None else gpu), reserve)
     found = planned(device)
     if markdown:
-        print(tables.markdown(found))
+        print(planpage.markdown(found))
     elif not as_json:
-        tables.plan(found)
+        planpage.show(found)
     if recipe is not None and found.choice is not None:
         named = hardware.AUTO if gpu is None else gpu
         counts = (seq_len, target_len, global_batch, epochs)

@@ -15,12 +15,13 @@ Packed weights (int8, NF4) are buffers, which it does not cut: every device hold
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from edgepeft.roofline import Work
-from edgepeft.surface import KINDS, Moment, Surface
+from edgepeft.surface import CHUNK, KINDS, Moment, Surface
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Inventory:
 
     Attributes:
         weights, adapter, trained: (all, share) of the backbone's own, of what the method added, of what is trained.
+        chunks: the same of what is trained, counted in as much as an optimizer of bf16 works on at a time.
         root, layer: of the parameters outside of layers, and of the largest layer, put together again from the shares;
             ``root_trained`` and ``layer_trained``: of those among them that are trained.
         devices: how many there are.
@@ -78,6 +80,7 @@ class Inventory:
     weights: tuple[int, int]
     adapter: tuple[int, int]
     trained: tuple[int, int]
+    chunks: tuple[float, float]
     root: int
     layer: int
     root_trained: int
@@ -106,12 +109,17 @@ def inventory(units: Sequence[Unit], devices: int) -> Inventory:
     def gathered(shapes: Iterable[Shape]) -> int:
         return devices * round(sum(each.count * share_bytes(each, devices) for each in shapes))
 
+    def chunks(devices: int) -> float:
+        trained = [(unit.count * each.count, each) for unit in units for each in unit.shapes if each.trained]
+        return sum(count * math.ceil(share_bytes(each, devices) / (2 * CHUNK)) for count, each in trained)
+
     root, *layers = units
     largest = max((unit for unit in layers if unit.count > 0), key=lambda unit: gathered(unit.shapes))
     return Inventory(
         weights=both(lambda each: each.own),
         adapter=both(lambda each: not each.own),
         trained=both(lambda each: each.trained),
+        chunks=(chunks(1), chunks(devices)),
         root=gathered(root.shapes),
         layer=gathered(largest.shapes),
         root_trained=gathered(each for each in root.shapes if each.trained),
@@ -141,7 +149,7 @@ def sharded(surface: Surface, found: Inventory) -> Surface:
     work = dict(surface.work)
     if "update" in work:
         none, one = work["update"]
-        work["update"] = (_scaled(none, found.share), _scaled(one, found.share))
+        work["update"] = (_scaled(none, found), _scaled(one, found))
     # Forward and backward put everything together, but for the root, which is still there in backward.
     gathered = 2 * (found.weights[1] + found.adapter[1]) - found.root / found.devices
     sent = {"forward+backward": (found.devices - 1) * (gathered + found.trained[1])}
@@ -183,5 +191,10 @@ def _more(moment: Moment, kind: str, size: int) -> Moment:
     return replace(moment, fixed=tuple(each + size * (i == place) for i, each in enumerate(moment.fixed)))
 
 
-def _scaled(work: Mapping[str, Work], share: float) -> dict[str, Work]:
-    return {kind: Work(each.calls, round(each.flops * share), round(each.bytes * share)) for kind, each in work.items()}
+def _scaled(work: Mapping[str, Work], found: Inventory) -> dict[str, Work]:
+    """Of a share less is computed and moved, by fewer calls where an optimizer works on a chunk after the other."""
+    fewer, share = found.chunks[1] / max(1.0, found.chunks[0]), found.share
+    return {
+        kind: Work(round(each.calls * fewer), round(each.flops * share), round(each.bytes * share))
+        for kind, each in work.items()
+    }

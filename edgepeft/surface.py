@@ -22,6 +22,9 @@ WORKING = ("forward+backward", "update")
 ADAMW, EIGHT_BIT = OPTIMIZERS = ("adamw", "adamw-8bit")
 """AdamW with states in fp32 (of bf16 weights in bf16), and with states in 8 bits (``placements.eight_bit``)."""
 
+CHUNK = 2**22
+"""Numbers that an optimizer works on at a time where it makes fp32 copies, which are small beside the model so."""
+
 
 DDP, FSDP = STRATEGIES = ("ddp", "fsdp")
 """How several devices share the work: each holds all of the model, or a part (``shards``)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,19 +11,16 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from edgepeft import evidence
 from edgepeft.report import heatmap, markup
-from edgepeft.surface import ADAMW, EIGHT_BIT
+from edgepeft.surface import EIGHT_BIT
 
 if TYPE_CHECKING:  # each command loads what it shows; help and profiles must not wait for torch
     from edgepeft.hardware import Hardware
     from edgepeft.inferplan import InferencePlan
     from edgepeft.ledger import Row
-    from edgepeft.plan import Candidate, Plan
 
 GiB = 2**30
 SILENT_SECONDS = 5.0  # between two lines of progress that is not shown on a terminal
-WIDE = 208  # columns of a plan; narrower, its numbers would be cut
 _screen = Console()
 _aside = Console(stderr=True)
 
@@ -145,110 +142,6 @@ def method(each: Mapping[str, Any]) -> None:
     _screen.print(table)
 
 
-def plan(found: Plan) -> None:
-    """What fits, with the bytes of each kind at its peak."""
-    free = found.hardware.available_bytes / GiB
-    title = f"{found.model} on {found.machine}: {free:.1f} GiB free for a job{' on each' * (found.devices > 1)}"
-    if _screen.is_terminal and _screen.width < WIDE:
-        _screen.print(narrow(found, title))
-    else:
-        Console(width=max(_screen.width, WIDE)).print(_wide(found, title))
-    _screen.print(
-        "GiB at the peak: of the process, of its tensors, and of these by kind. The microbatch is the largest that "
-        "fits (1 where none does, the whole update where a method cannot make it of several); TIGHT uses the margin.",
-        style="dim",
-    )
-    _screen.print(found.times, style="dim", highlight=False)
-    for line in _beside(found):
-        _screen.print(line, style="dim", highlight=False, markup=False)
-    if found.choice is not None:
-        _screen.print(f"Choice: {found.why}{_as_run(found.chosen())}", highlight=False, markup=False)
-        if (job := _job(found)) is not None:
-            _screen.print(job, highlight=False)
-
-
-def _as_run(chosen: Candidate) -> str:
-    """What a run of it needs, whose updates may be made of smaller microbatches than fit."""
-    if chosen.run_microbatch == chosen.microbatch:
-        return ""
-    need = chosen.run_process_bytes / GiB
-    return f" An update is made of microbatches of {chosen.run_microbatch}, which take {need:.1f} GiB."
-
-
-def _beside(found: Plan) -> Iterator[str]:
-    """What others measured of the methods' quality, with its sources, and what was left out."""
-    for method in dict.fromkeys(each.method for each in found.candidates):
-        yield from (f"{method}: {line}" for line in evidence.of(method))
-    yield from (f"{name}: {source}. No promise for your data." for name, source in evidence.sources().items())
-    yield from (f"{method} was left out: {reason}" for method, reason in found.excluded.items())
-    if not found.hardware.bf16 and any(each.precision == "bf16" for each in found.candidates):
-        yield f"{found.hardware.title} multiplies no bf16: what is stored so is multiplied in fp32."
-
-
-def narrow(found: Plan, title: str) -> Table:
-    """The candidates for a terminal that is too narrow for a column of each kind: they share one."""
-    table = Table("", "method", "precision", title=escape(title), title_justify="left", box=None, header_style="bold")
-    for column in ("micro-\nbatch", "process", "est.\ns/update"):
-        table.add_column(column, justify="right")
-    table.add_column("tensors by kind")
-    for number, each in enumerate(found.candidates):
-        again = "+" * each.checkpointing + f" {each.strategy}" * bool(each.strategy)
-        kinds = [
-            f"{kind} {each.bytes.get(kind, 0) / GiB:.2f}" for kind in _KINDS if each.bytes.get(kind, 0) >= GiB / 200
-        ]
-        table.add_row(
-            "→" if number == found.choice else each.verdict,
-            escape(_named(each)),
-            f"{each.precision}{again}",
-            str(each.microbatch),
-            f"{each.process_bytes / GiB:.2f}",
-            _times(found, each)[0],
-            f"{', '.join(kinds)} in {each.phase}",
-            style="bold" if number == found.choice else None if each.fits else "dim",
-        )
-    table.caption = "+: activations are computed again."
-    table.caption_justify = "left"
-    return table
-
-
-def _wide(found: Plan, title: str) -> Table:
-    table = Table(title=escape(title), title_justify="left", box=None, header_style="bold")
-    for column in ("", "method", "precision", "checkpointed", *(["shared by"] * (found.devices > 1))):
-        table.add_column(column)
-    for column in (
-        "microbatch",
-        "process",
-        "tensors",
-        "weights",
-        "adapter",
-        "gradients",
-        "optimizer",
-        "activations",
-        "temporaries",
-    ):
-        table.add_column(column, justify="right")
-    table.add_column("in")
-    timed = [f"est. {column}" for column in ("s/update", "tokens/s", *([] if found.updates is None else ["hours"]))]
-    for column in timed:
-        table.add_column(column, justify="right")
-    for number, each in enumerate(found.candidates):
-        mark = "→" if number == found.choice else each.verdict
-        sizes = [each.process_bytes, each.peak_bytes, *(each.bytes.get(kind, 0) for kind in _KINDS)]
-        table.add_row(
-            mark,
-            escape(_named(each)),
-            each.precision,
-            "yes" if each.checkpointing else "",
-            *([each.strategy] * (found.devices > 1)),
-            str(each.microbatch),
-            *(f"{size / GiB:.2f}" for size in sizes),
-            each.phase,
-            *_times(found, each)[: len(timed)],
-            style="bold" if number == found.choice else None if each.fits else "dim",
-        )
-    return table
-
-
 def machines(plans: Sequence[Mapping[str, Any]]) -> None:
     """Machines by methods for one model, as ``Plan.as_json`` gives the plans: the first choice of each method.
 
@@ -290,55 +183,6 @@ def _cell(found: Mapping[str, Any], method: str) -> Text:
     return Text("NO", style="red") if tried else Text("–", style="dim")
 
 
-def _named(each: Candidate) -> str:
-    """Its method, with what of it is not the default, and the optimizer where that is not the usual one."""
-    options = [f"{name}={value}" for name, value in each.options.items()]
-    return ", ".join([each.method, *options, *([] if each.optimizer == ADAMW else [each.optimizer])])
-
-
-def _times(found: Plan, candidate: Candidate) -> tuple[str, str, str]:
-    """Estimates of a candidate: seconds of an update, tokens per second, hours of the job."""
-    job = found.job(candidate)
-    seconds, rate = candidate.update_seconds, candidate.tokens_per_second
-    return markup.number(seconds, 3), _number(rate, ",.0f"), "" if job is None else markup.number(job.hours, 3)
-
-
-def _job(found: Plan) -> str | None:
-    """What the choice takes for the whole job, in words."""
-    job = found.job(found.chosen())
-    if job is None:
-        return None
-    parts = [f"{found.updates:,} updates in about {markup.duration(3600 * job.hours)}"]
-    if job.energy_wh is not None:
-        parts.append(f"{markup.number(job.energy_wh / 1000, 2)} kWh")
-    if job.price is not None:
-        parts.append(f"{job.price:,.2f} US dollars")
-    return f"Estimated for the job: {', '.join(parts)}."
-
-
-def markdown(found: Plan) -> str:
-    """The plan as a Markdown table."""
-    free = found.hardware.available_bytes / GiB
-    lines = [
-        f"{found.model} on {found.machine}, {free:.1f} GiB free. Sizes in GiB.",
-        "",
-        "| verdict | method | precision | checkpointed | microbatch | process | tensors | peak in | estimated s/update "
-        "| tokens/s | hours |",
-        "|---|---|---|---|--:|--:|--:|---|--:|--:|--:|",
-    ]
-    for number, each in enumerate(found.candidates):
-        cells = [each.verdict + (" (choice)" if number == found.choice else ""), _named(each), each.precision]
-        cells[1] += f" ({each.strategy})" if each.strategy else ""
-        cells += ["yes" if each.checkpointing else "", str(each.microbatch)]
-        cells += [f"{each.process_bytes / GiB:.2f}", f"{each.peak_bytes / GiB:.2f}", each.phase, *_times(found, each)]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", found.times]
-    lines += ["", *(f"- {line}" for line in _beside(found))]
-    if found.choice is not None:
-        lines += ["", f"Choice: {found.why} {_job(found) or ''}".rstrip()]
-    return "\n".join(lines)
-
-
 def inference(found: InferencePlan) -> None:
     """What running a model takes at each precision."""
     free = found.hardware.available_bytes / GiB
@@ -366,9 +210,6 @@ def measured(row: Mapping[str, Any]) -> None:
     say(f"{row['method']}, {row['dtype']}, microbatch {row['microbatch']} of {row['seq_len']} tokens on {row['gpu']}")
     say(f"tensors at the peak: {row['allocated_bytes'] / GiB:.3f} GiB, predicted {row['predicted_bytes'] / GiB:.3f}")
     say(f"error of the prediction: {error:+.2%}; process: {row['process_bytes'] / GiB:.3f} GiB; {row['throughput']}")
-
-
-_KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "temporaries")
 
 
 def ledger(rows: Sequence[Row]) -> None:

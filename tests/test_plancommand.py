@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from edgepeft import hardware, recipe, schedule, tables
+from edgepeft import hardware, planpage, recipe, schedule, tables
 from edgepeft.cli import app
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.methods import base
@@ -240,10 +240,10 @@ def test_a_narrow_terminal_shows_the_bytes_by_kind_too() -> None:
         why="",
     )
     page = StringIO()
-    Console(file=page, width=80).print(tables.narrow(found, "title"))
+    Console(file=page, width=80).print(planpage.narrow(found, "title"))
     shown = page.getvalue()
     assert max(map(len, shown.splitlines())) <= 80
-    for part in ("→", "lora", "nf4+", "12", "6.00", "0.25", "weights 3.00", "activations", "2.50", "in update"):
+    for part in ("→ FITS", "lora", "nf4+", "12", "6.00", "0.25", "weights 3.00", "activations", "2.50", "in update"):
         assert part in shown
     assert "adapter" not in shown
 

@@ -76,7 +76,7 @@ FLOORS = (
     {"extrapolate", "measure"},
     {"traces"},
     {"plan"},
-    {"planning", "runplan", "tables", "alternatives"},
+    {"planning", "planpage", "runplan", "tables", "alternatives"},
     {"plancommand", "pipeline"},
     {"worker", "cli"},
     {"__main__"},

@@ -12,10 +12,10 @@ from torch import Tensor
 from edgepeft import kernels
 from edgepeft.errors import UsageError
 from edgepeft.placements import rounding
+from edgepeft.surface import CHUNK
 
-BLOCK = 256  # numbers that share a scale: what bitsandbytes' kernels are compiled for
+BLOCK = 256  # numbers that share a scale: what bitsandbytes' kernels are compiled for; divides CHUNK
 SMALLEST = 4096  # numbers: as in bitsandbytes, a smaller tensor keeps its states in fp32
-CHUNK = rounding.CHUNK  # numbers that are worked on at a time; a multiple of BLOCK
 _UPDATE = "bitsandbytes::optimizer_update_8bit_blockwise"
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from edgepeft import shards
+from edgepeft.surface import CHUNK
 
-CHUNK = 2**22  # numbers that are worked on at a time, so that what they take in fp32 is small beside the model
 _DROPPED = 0xFFFF  # the bits of an fp32 number that bf16 has no room for
 
 
