@@ -84,7 +84,10 @@ def _beside(found: Plan) -> Iterator[str]:
 
 def narrow(found: Plan, title: str) -> Table:
     """The candidates for a terminal that is too narrow for a column of each kind: they share one."""
-    table = Table("", "method", "precision", title=escape(title), title_justify="left", box=None, header_style="bold")
+    table = Table(title=escape(title), title_justify="left", box=None, header_style="bold")
+    table.add_column("", no_wrap=True)
+    table.add_column("method")
+    table.add_column("precision")
     for column in ("micro-\nbatch", _held(found), "est.\ns/update"):
         table.add_column(column, justify="right")
     table.add_column("tensors by kind")
@@ -94,7 +97,7 @@ def narrow(found: Plan, title: str) -> Table:
             f"{kind} {each.bytes.get(kind, 0) / GiB:.2f}" for kind in _KINDS if each.bytes.get(kind, 0) >= GiB / 200
         ]
         table.add_row(
-            _verdict(found, number),
+            _verdict(found, number).replace(" ", "\n"),
             escape(_named(each)),
             f"{each.precision}{again}",
             str(each.microbatch),

@@ -243,7 +243,7 @@ def test_a_narrow_terminal_shows_the_bytes_by_kind_too() -> None:
     Console(file=page, width=80).print(planpage.narrow(found, "title"))
     shown = page.getvalue()
     assert max(map(len, shown.splitlines())) <= 80
-    for part in ("→ FITS", "lora", "nf4+", "12", "6.00", "0.25", "weights 3.00", "activations", "2.50", "in update"):
+    for part in ("→", "FITS", "lora", "nf4+", "12", "6.00", "0.25", "weights 3.00", "activations", "2.50", "in update"):
         assert part in shown
     assert "adapter" not in shown
 
