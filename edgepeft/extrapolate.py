@@ -92,15 +92,18 @@ def surfaces(configuration: Configuration, checkpointing: Sequence[bool]) -> lis
 def traced_depths(model: Mapping[str, Any], method: base.Method) -> tuple[int, ...]:
     """The two depths that stand for a model with a method in it, or the whole one.
 
-    Where kinds of layers take turns, whole turns lie between both depths, and between them and the whole model.
+    Where kinds of layers take turns, whole turns lie between both depths, and between them and the whole model. Each
+    has two turns at least, as what a kind shares, such as its mask, is held from its first layer to its last.
     """
     full, (low, high) = depth(model), method.depths()
     kinds = getattr(as_config(model), "layer_types", None) or [""]
     turn = next(length for length in range(1, len(kinds) + 1) if kinds[length:] == kinds[:-length])
     if (full - low) % turn or (high - low) % turn:
-        step, least = math.lcm(high - low, turn), max(low, turn)
+        step, least = math.lcm(high - low, turn), max(low, 2 * turn)
         low = least + (full - least) % step
         high = low + step
+        if low + high >= full:  # the whole model is no more to trace
+            return (full,)
     return (low, high) if full > high and full % 2 == 0 else (full,)
 
 
