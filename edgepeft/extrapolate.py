@@ -132,8 +132,7 @@ def _surface(
     method = base.create(configuration.method, configuration.options)
     alike = method.depths() == base.DEPTHS  # only then are the layers in the middle like all others
     times = round(grown) if alike else 0
-    low_one = recorded[0] if alike else recorded[-1]
-    overhead = replay.overhead(low_one, recorded[-1], times, size) if configuration.cuda else {}
+    overhead = replay.overhead(recorded[0], recorded[-1], times, size) if configuration.cuda else {}
     return Surface(phases, saturated, work, overhead)
 
 

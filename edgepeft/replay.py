@@ -1,7 +1,8 @@
 """What PyTorch's caching allocator reserves for a model of full depth: a shallow trace's history with layers repeated.
 
 Layers are alike, so what the ones in the middle of a trace allocate and free, forward and backward, as many further
-ones do too: two of them or, where kinds of layers take turns, a whole turn. What lives from one layer to the next is handed on along the chain of copies.
+ones do too: two or, where kinds of layers take turns, a whole turn. What lives from one layer to the next is handed on
+along the chain of copies.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def overhead(low: Recording, high: Recording, groups: int, traced: int) -> dict[
     """Bytes reserved over bytes allocated, at most, in training: microbatch → quotient.
 
     Args:
-        low, high: traces at two depths, of at least two layers to a stack; both the same where ``groups`` is 0.
+        low, high: traces at two depths, of at least two layers to a stack; ``low`` is not looked at for 0 ``groups``.
         groups: how many times as many more layers as ``high`` has above ``low`` are in the whole model above ``high``.
         traced: their microbatch; see ``extrapolate``.
     """
