@@ -72,12 +72,10 @@ def surfaces(configuration: Configuration, checkpointing: Sequence[bool]) -> lis
         UsageError: the method does not fit the model, or leaves it fewer positions than there are tokens.
     """
     saturated = _saturated(configuration)
-    full = depth(configuration.model)
     method = base.create(configuration.method, configuration.options)
     taken = method.positions(as_config(configuration.model))
     positions_left("The model", positions(configuration.model), configuration.method, taken, configuration.tokens)
-    shallow = method.depths()
-    depths = shallow if full > shallow[1] and full % 2 == 0 else (full,)
+    depths = traced_depths(configuration.model, method)
     if method.counts_layers and len(depths) > 1:
         refuse(configuration.model, configuration.task, method)
     # Larger tells better; but an answer's logits are made in chunks, all of which have to be followed.
@@ -89,6 +87,24 @@ def surfaces(configuration: Configuration, checkpointing: Sequence[bool]) -> lis
         low, single = _timelines(configuration, traces[0][0], size), _timelines(configuration, one, 1)
         less = {phase: _less(low[phase], single[phase]) for phase in low}
     return [_surface(configuration, depths, size, recorded, less) for recorded in zip(*traces, strict=True)]
+
+
+def traced_depths(model: Mapping[str, Any], method: base.Method) -> tuple[int, ...]:
+    """The two depths that stand for a model with a method in it, or the whole one.
+
+    Where kinds of layers take turns, whole turns lie between both depths, and between them and the whole model. Each
+    has two turns at least, as what a kind shares, such as its mask, is held from its first layer to its last.
+    """
+    full, (low, high) = depth(model), method.depths()
+    kinds = getattr(as_config(model), "layer_types", None) or [""]
+    turn = next(length for length in range(1, len(kinds) + 1) if kinds[length:] == kinds[:-length])
+    if (full - low) % turn or (high - low) % turn:
+        step, least = math.lcm(high - low, turn), max(low, 2 * turn)
+        low = least + (full - least) % step
+        high = low + step
+        if low + high >= full:  # the whole model is no more to trace
+            return (full,)
+    return (low, high) if full > high and full % 2 == 0 else (full,)
 
 
 def _surface(
@@ -113,10 +129,10 @@ def _surface(
         phases[phase] = tuple(_needed(moments, saturated))
     place = (full - depths[0]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
     work = dict(_work(traced[0], traced[-1], place))
-    alike = depths == base.DEPTHS  # only then are the two layers in the middle like all others
-    pairs = (full - depths[-1]) // 2 if alike else 0
-    low_one = recorded[0] if alike else recorded[-1]
-    overhead = replay.overhead(low_one, recorded[-1], pairs, size) if configuration.cuda else {}
+    method = base.create(configuration.method, configuration.options)
+    alike = method.depths() == base.DEPTHS  # only then are the layers in the middle like all others
+    times = round(grown) if alike else 0
+    overhead = replay.overhead(recorded[0], recorded[-1], times, size) if configuration.cuda else {}
     return Surface(phases, saturated, work, overhead)
 
 

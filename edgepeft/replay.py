@@ -1,7 +1,8 @@
 """What PyTorch's caching allocator reserves for a model of full depth: a shallow trace's history with layers repeated.
 
-Layers are alike, so what the two in the middle of a trace allocate and free, forward and backward, every further pair
-does too. What lives from one layer to the next is handed on along the chain of copies.
+Layers are alike, so what the ones in the middle of a trace allocate and free, forward and backward, as many further
+ones do too: two or, where kinds of layers take turns, a whole turn. What lives from one layer to the next is handed on
+along the chain of copies.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ Array = np.ndarray[Any, np.dtype[np.int64]]
 UPDATES = 2  # the first finds no optimizer states, and puts them where activations were
 
 
-def overhead(low: Recording, high: Recording, pairs: int, traced: int) -> dict[int, float]:
+def overhead(low: Recording, high: Recording, groups: int, traced: int) -> dict[int, float]:
     """Bytes reserved over bytes allocated, at most, in training: microbatch → quotient.
 
     Args:
-        low, high: traces of a model with 2 and 4 layers to a stack; both the same where ``pairs`` is 0.
-        pairs: how many times two more layers are in the whole model than in ``high``.
+        low, high: traces at two depths, of at least two layers to a stack; ``low`` is not looked at for 0 ``groups``.
+        groups: how many times as many more layers as ``high`` has above ``low`` are in the whole model above ``high``.
         traced: their microbatch; see ``extrapolate``.
     """
-    run = _Run(high, low, pairs)
+    run = _Run(high, low, groups)
     events = list(run.training())
     fixed, each = run.sizes(events, traced)
     found = {}
@@ -43,14 +44,14 @@ def overhead(low: Recording, high: Recording, pairs: int, traced: int) -> dict[i
 
 
 @dataclass
-class _Pair:
-    """The middle two layers of a stack in one phase, and how their copies are chained.
+class _Group:
+    """The middle layers of a stack in one phase, as many as the deeper trace has more, and how copies are chained.
 
     Attributes:
         forward, backward: their events, from the first to before the second.
-        names: for each copy, its own name of everything that is born in the pair.
-        forward_in, saved_in, backward_in: what dies in the pair but is born outside of it → the pair's own that a
-            further pair would find in its place: handed on forward, saved for backward, handed on backward.
+        names: for each copy, its own name of everything that is born in the group.
+        forward_in, saved_in, backward_in: what dies in the group but is born outside of it → the group's own that a
+            further group would find in its place: handed on forward, saved for backward, handed on backward.
     """
 
     forward: range
@@ -61,7 +62,7 @@ class _Pair:
     backward_in: dict[int, int] = field(default_factory=dict)
 
     def last(self, uid: int) -> int:
-        """What a layer behind all copies finds in place of ``uid`` of the pair before it."""
+        """What a layer behind all copies finds in place of ``uid`` of the group before it."""
         chained = uid in self.forward_in.values() or uid in self.saved_in.values()
         return self.names[-1][uid] if chained else uid
 
@@ -69,8 +70,8 @@ class _Pair:
 class _Run:
     """The history of training at full depth, of storages that are named by numbers."""
 
-    def __init__(self, high: Recording, low: Recording, pairs: int) -> None:
-        self.high, self.low, self.pairs = high, low, pairs
+    def __init__(self, high: Recording, low: Recording, groups: int) -> None:
+        self.high, self.low, self.groups = high, low, groups
         self.like: dict[int, int] = {}  # a copy, or a later birth of the same → the storage of the trace
         self.copies: dict[int, list[int]] = {}  # what is born and dies with it
         phases = high.tracker.phases.values()
@@ -138,11 +139,11 @@ class _Run:
 
     def _events(self, phase: str) -> list[int]:
         events = self.high.tracker.phases[phase].events
-        if not self.pairs:
+        if not self.groups:
             return events
-        pairs = self._pairs(phase)
-        if pairs:
-            return list(self._repeated(events, pairs))
+        groups = self._groups(phase)
+        if groups:
+            return list(self._repeated(events, groups))
         born = [event for event in events if event > 0]
         more = self._more(born, [event for event in self.low.tracker.phases[phase].events if event > 0])
         found = []
@@ -157,11 +158,11 @@ class _Run:
         return found - Counter(_sort(self.high, uid) for uid in high if uid in self.copies)
 
     def _copied(self, uid: int, more: Counter[tuple[int, str]]) -> list[int]:
-        """As many copies as there are more layers, of a storage of which two more layers have one more."""
+        """As many copies as there are more layers, of a storage of which ``high`` has one more."""
         sort = _sort(self.high, uid)
-        if uid not in self.copies and more[sort] > 0 and self.pairs:
+        if uid not in self.copies and more[sort] > 0 and self.groups:
             more[sort] -= 1
-            self.copies[uid] = [self._copy(uid) for _ in range(self.pairs)]
+            self.copies[uid] = [self._copy(uid) for _ in range(self.groups)]
         return self.copies.get(uid, [])
 
     def _copy(self, uid: int) -> int:
@@ -169,53 +170,57 @@ class _Run:
         self.like[made] = uid
         return made
 
-    def _pairs(self, phase: str) -> list[_Pair]:
-        """The pair of each stack, where the marks of its layers are all there."""
+    def _groups(self, phase: str) -> list[_Group]:
+        """The group of each stack, where the marks of its layers are all there."""
         events = self.high.tracker.phases[phase].events
         marks: dict[tuple[str, int, int], int] = {}
         for label, moment in self.high.marks.get(phase, []):
             marks.setdefault(label, moment)
+        layers = Counter(stack for what, stack, _ in marks if what == "forward")
+        shallow = {label for label, _ in self.low.marks.get(phase, [])}
+        layers -= Counter(stack for what, stack, _ in shallow if what == "forward")
         found = []
         for stack in sorted({stack for _, stack, _ in marks}):
-            ends = [marks.get(("forward", stack, 1)), marks.get(("forward", stack, 3))]
-            back = [marks.get(("backward", stack, 2)), marks.get(("backward", stack, 0))]
+            more = layers[stack]
+            ends = [marks.get(("forward", stack, 1)), marks.get(("forward", stack, 1 + more))]
+            back = [marks.get(("backward", stack, more)), marks.get(("backward", stack, 0))]
             if None in ends:
                 continue
             forward = range(ends[0] or 0, ends[1] or 0)
             backward = range(back[0] or 0, back[1] or 0) if None not in back else range(len(events), len(events))
             inside = [event for part in (forward, backward) for event in events[part.start : part.stop] if event > 0]
-            names = [{uid: self._copy(uid) for uid in inside} for _ in range(self.pairs)]
-            found.append(self._chained(events, _Pair(forward, backward, names)))
+            names = [{uid: self._copy(uid) for uid in inside} for _ in range(self.groups)]
+            found.append(self._chained(events, _Group(forward, backward, names)))
         return found
 
-    def _chained(self, events: Sequence[int], pair: _Pair) -> _Pair:
-        """Find what layers hand on: what dies in the pair but was born before it is, one pair on, the pair's own."""
+    def _chained(self, events: Sequence[int], group: _Group) -> _Group:
+        """Find what layers hand on: what dies in the group but was born before it is, one group on, the group's own."""
         born = {event: index for index, event in enumerate(events) if event > 0}
         died = {-event: index for index, event in enumerate(events) if event < 0}
 
         def where(index: int | None) -> str:
             if index is None:
                 return ""
-            if index in pair.forward:
+            if index in group.forward:
                 return "forward"
-            if index in pair.backward:
+            if index in group.backward:
                 return "backward"
-            middle = pair.forward.stop <= index < pair.backward.start
-            return "middle" if middle else "before" if index < pair.forward.start else "after"
+            middle = group.forward.stop <= index < group.backward.start
+            return "middle" if middle else "before" if index < group.forward.start else "after"
 
         journeys: dict[tuple[str, str], list[int]] = {}
         for uid in sorted(died, key=died.__getitem__):
             if uid in born:
                 journeys.setdefault((where(born[uid]), where(died[uid])), []).append(uid)
-        pair.forward_in = self._chain(journeys, ("before", "forward"), ("forward", "middle"))
-        taken = set(pair.forward_in.values())
-        pair.saved_in = self._chain(journeys, ("before", "backward"), ("forward", "middle"), taken)
-        pair.backward_in = self._chain(journeys, ("middle", "backward"), ("backward", "after"))
-        handed = {*taken, *pair.saved_in.values(), *pair.backward_in.values()}
-        for uid in pair.names[0]:
+        group.forward_in = self._chain(journeys, ("before", "forward"), ("forward", "middle"))
+        taken = set(group.forward_in.values())
+        group.saved_in = self._chain(journeys, ("before", "backward"), ("forward", "middle"), taken)
+        group.backward_in = self._chain(journeys, ("middle", "backward"), ("backward", "after"))
+        handed = {*taken, *group.saved_in.values(), *group.backward_in.values()}
+        for uid in group.names[0]:
             if uid not in handed and where(died.get(uid)) not in ("forward", "backward"):
-                self.copies[uid] = [names[uid] for names in pair.names]
-        return pair
+                self.copies[uid] = [names[uid] for names in group.names]
+        return group
 
     def _chain(
         self,
@@ -224,7 +229,7 @@ class _Run:
         leaving: tuple[str, str],
         taken: Set[int] = frozenset(),
     ) -> dict[int, int]:
-        """What arrives in the pair → what of the same size leaves it, in the order in which they die."""
+        """What arrives in the group → what of the same size leaves it, in the order in which they die."""
         left = [uid for uid in journeys.get(leaving, []) if uid not in taken]
         found = {}
         for uid in journeys.get(arriving, []):
@@ -235,53 +240,53 @@ class _Run:
                 found[uid] = match
         return found
 
-    def _repeated(self, events: Sequence[int], pairs: Sequence[_Pair]) -> Iterator[int]:
+    def _repeated(self, events: Sequence[int], groups: Sequence[_Group]) -> Iterator[int]:
         for index in range(len(events) + 1):
-            for pair in pairs:
-                if index == pair.forward.stop:
-                    for number in range(self.pairs):
-                        yield from self._forward(events, pair, number)
-                if index == pair.backward.start:
-                    for number in reversed(range(self.pairs)):
-                        yield from self._backward(events, pair, number)
+            for group in groups:
+                if index == group.forward.stop:
+                    for number in range(self.groups):
+                        yield from self._forward(events, group, number)
+                if index == group.backward.start:
+                    for number in reversed(range(self.groups)):
+                        yield from self._backward(events, group, number)
             if index < len(events):
-                yield from self._outside(events[index], index, pairs)
+                yield from self._outside(events[index], index, groups)
 
-    def _outside(self, event: int, index: int, pairs: Sequence[_Pair]) -> Iterator[int]:
+    def _outside(self, event: int, index: int, groups: Sequence[_Group]) -> Iterator[int]:
         """An event of the trace itself."""
         if event > 0:
             yield event
             return
         uid = -event
-        for pair in pairs:
-            if index in pair.backward:  # behind the backward passes of all copies
-                if uid in pair.backward_in:
-                    uid = pair.names[0][pair.backward_in[uid]]
-            elif index >= pair.forward.stop and index < pair.backward.start and uid in pair.names[0]:
-                uid = pair.last(uid)
+        for group in groups:
+            if index in group.backward:  # behind the backward passes of all copies
+                if uid in group.backward_in:
+                    uid = group.names[0][group.backward_in[uid]]
+            elif index >= group.forward.stop and index < group.backward.start and uid in group.names[0]:
+                uid = group.last(uid)
         yield -uid
         yield from (-other for other in self.copies.get(uid, []))
 
-    def _forward(self, events: Sequence[int], pair: _Pair, number: int) -> Iterator[int]:
-        before = pair.names[number - 1] if number else {}
-        for event in events[pair.forward.start : pair.forward.stop]:
+    def _forward(self, events: Sequence[int], group: _Group, number: int) -> Iterator[int]:
+        before = group.names[number - 1] if number else {}
+        for event in events[group.forward.start : group.forward.stop]:
             uid = abs(event)
-            if uid in pair.names[number]:
-                yield pair.names[number][uid] if event > 0 else -pair.names[number][uid]
-            elif uid in pair.forward_in:
-                yield -before.get(pair.forward_in[uid], pair.forward_in[uid])
+            if uid in group.names[number]:
+                yield group.names[number][uid] if event > 0 else -group.names[number][uid]
+            elif uid in group.forward_in:
+                yield -before.get(group.forward_in[uid], group.forward_in[uid])
 
-    def _backward(self, events: Sequence[int], pair: _Pair, number: int) -> Iterator[int]:
-        before = pair.names[number - 1] if number else {}
-        for event in events[pair.backward.start : pair.backward.stop]:
+    def _backward(self, events: Sequence[int], group: _Group, number: int) -> Iterator[int]:
+        before = group.names[number - 1] if number else {}
+        for event in events[group.backward.start : group.backward.stop]:
             uid = abs(event)
-            if uid in pair.names[number]:
-                yield pair.names[number][uid] if event > 0 else -pair.names[number][uid]
-            elif uid in pair.saved_in:
-                yield -before.get(pair.saved_in[uid], pair.saved_in[uid])
-            elif uid in pair.backward_in:
-                later = pair.names[number + 1] if number + 1 < self.pairs else None
-                yield -later[pair.backward_in[uid]] if later is not None else -uid
+            if uid in group.names[number]:
+                yield group.names[number][uid] if event > 0 else -group.names[number][uid]
+            elif uid in group.saved_in:
+                yield -before.get(group.saved_in[uid], group.saved_in[uid])
+            elif uid in group.backward_in:
+                later = group.names[number + 1] if number + 1 < self.groups else None
+                yield -later[group.backward_in[uid]] if later is not None else -uid
 
 
 def _sort(recording: Recording, uid: int) -> tuple[int, str]:

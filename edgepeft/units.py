@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from edgepeft.backbone import Backbone, skeleton
 from edgepeft.catalog.fields import at_depth, depth
+from edgepeft.extrapolate import traced_depths
 from edgepeft.methods import base
 from edgepeft.sharding import Shape, Unit
 from edgepeft.surface import Configuration
@@ -30,9 +31,8 @@ def of(configuration: Configuration) -> tuple[Unit, ...]:
         UsageError: the method does not fit the model.
     """
     full = depth(configuration.model)
-    low, high = base.create(configuration.method, configuration.options).depths()
-    if not (full > high and full % 2 == 0):
-        low = high = full
+    depths = traced_depths(configuration.model, base.create(configuration.method, configuration.options))
+    low, high = depths[0], depths[-1]
     (root, layers), (deeper_root, deeper_layers) = (_counted(configuration, each) for each in (low, high))
     place = (full - low) / (high - low) if high > low else 0.0
     kinds = _whole(layers, deeper_layers, place)

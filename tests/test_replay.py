@@ -24,7 +24,13 @@ def recorded(model: dict[str, object], layers: int, method: str, checkpointing: 
 
 @pytest.mark.parametrize(
     ("model", "method", "checkpointing"),
-    [(LLAMA, "lora", True), (LLAMA, "lst", False), (T5, "full", False), (GPT2, "houlsby", False)],
+    [
+        (LLAMA, "lora", True),
+        (LLAMA, "lst", False),
+        (T5, "full", False),
+        ({**T5, "num_decoder_layers": 12}, "full", False),
+        (GPT2, "houlsby", False),
+    ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else str(value),
 )
 def test_layers_repeated_reserve_what_layers_traced_do(

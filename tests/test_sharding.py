@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_plan import LLAMA, configuration, small_plan
+from test_plan import LLAMA, T5, configuration, small_plan
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgepeft import extrapolate, hardware, largest, precision, probe, sharding, units
 from edgepeft.backbone import Backbone
+from edgepeft.catalog.fields import depth
 from edgepeft.errors import UsageError
 from edgepeft.methods import base
 from edgepeft.step import TrainingStep
@@ -109,11 +110,14 @@ def test_packed_weights_are_whole_on_every_device_and_scalars_are_refused() -> N
 
 
 @pytest.mark.parametrize("method", ["lora", "top_layers", "intrinsic_said", "lst"])
-def test_units_of_the_whole_depth_follow_from_shallow_models_and_survive_their_file(method: str) -> None:
-    wanted = configuration(method, "bf16", model={**LLAMA, "num_hidden_layers": 12})
+@pytest.mark.parametrize("model", [{**LLAMA, "num_hidden_layers": 12}, {**T5, "num_decoder_layers": 12}])
+def test_units_of_the_whole_depth_follow_from_shallow_models_and_survive_their_file(
+    method: str, model: dict[str, object]
+) -> None:
+    wanted = configuration(method, "bf16", model=model, task="seq2seq" if model["model_type"] == "t5" else "causal-lm")
     found = units.of(wanted)
     assert tuple(map(sharding.read, json.loads(json.dumps([unit.plain() for unit in found])))) == found
-    made, own = units._built(wanted, 12)
+    made, own = units._built(wanted, depth(model))
     named = dict(made.model.named_parameters())
     inventory = sharding.inventory(found, DEVICES)
     assert inventory.weights[0] == sum(named[name].nbytes for name in own & named.keys())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,13 +37,16 @@ def check(name: str, model: Mapping[str, Any]) -> None:
 
 
 def depth(model: Mapping[str, Any]) -> int:
-    """Layers of each stack of a model."""
-    return int(next(model[name] for name in _DEPTHS if model.get(name)))
+    """How deep a model is: the layers of each stack or, where stacks differ, their greatest common divisor."""
+    return math.gcd(*(int(model[name]) for name in _DEPTHS if model.get(name)))
 
 
 def at_depth(model: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """The same model with fewer layers."""
-    fields: dict[str, Any] = {name: layers if name in _DEPTHS and value else value for name, value in model.items()}
+    """The same model at another depth: stacks that differ stay in the same ratio, so that they grow in step."""
+    full = depth(model)
+    fields: dict[str, Any] = {
+        name: value // full * layers if name in _DEPTHS and value else value for name, value in model.items()
+    }
     if fields.get("layer_types"):
         fields["layer_types"] = list(fields["layer_types"])[:layers]
     return fields

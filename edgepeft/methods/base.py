@@ -211,7 +211,7 @@ class Method(ABC):
         """Two even numbers of layers that planning traces models of, where the model has more.
 
         What each layer adds must be the same from the first number to the second and from there on; ``WHOLE`` where
-        layers are not alike.
+        layers are not alike. Planning goes deeper where the model's own kinds of layers take turns.
         """
         return DEPTHS
 
