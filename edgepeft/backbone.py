@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from edgepeft import anatomy, catalog, heap, precision
+from edgepeft import admission, anatomy, catalog, heap, precision
 from edgepeft.catalog import fields
 from edgepeft.errors import EdgePeftError, UsageError, beside, nearest, said
 from edgepeft.tasks import check, default_task
@@ -115,7 +115,7 @@ def config(source: Source, *, trust_remote_code: bool = False) -> PretrainedConf
         )
     with _refusing_unloadable(source):
         found = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **_gguf(source))
-    fields.check(source.name, found.to_dict())
+    admission.check(source.name, found.to_dict())
     return found
 
 
