@@ -118,6 +118,12 @@ def measure(
         raise UsageError(
             f"measure: --set takes options of the method, and not {other[0]}.", "", "For example: --set options.rank=16"
         )
+    for flag, count, name in (
+        ("seq-len", seq_len, "max_tokens"),
+        ("target-len", target_len, "max_target_tokens"),
+        ("microbatch", microbatch, "microbatch"),
+    ):
+        recipes.check_count(f"measure: --{flag}", count, recipes.MOST[name])
     row = measuring.measure_model(
         backbone.resolve(model),
         hardware.load(hardware.AUTO),

@@ -23,7 +23,7 @@ DEFAULT_EPOCHS = 1.0
 TASKS = ("classification", "causal-lm", "seq2seq")
 OBJECTIVES = ("quality", "memory", "speed")
 ALL = "all"
-MOST = 10**12  # of anything that is counted
+MOST_EXAMPLES = 10**12
 
 
 def plan_model(
@@ -70,10 +70,11 @@ def plan_model(
     for value, known in choices:
         if value is not None and value not in known:
             raise UsageError(f"plan: {value!r} is not known here.", "", nearest(value, known))
-    counts = {"seq-len": tokens, "target-len": target_tokens, "global-batch": global_batch, "examples": examples}
-    for flag, count in {**counts, "epochs": epochs}.items():
-        if count is not None and not 0 < count <= MOST:
-            raise UsageError(f"plan: --{flag} {count} must be above 0, and no more than {MOST:,}.", "", "")
+    counts = {"seq-len": (tokens, "max_tokens"), "target-len": (target_tokens, "max_target_tokens")}
+    counts |= {"global-batch": (global_batch, "global_batch"), "epochs": (epochs, "epochs")}
+    for flag, (count, name) in counts.items():
+        recipes.check_count(f"plan: --{flag}", count, recipes.MOST[name])
+    recipes.check_count("plan: --examples", examples, MOST_EXAMPLES)
     check_devices(devices, device)
     recipes.check_shared(global_batch or DEFAULT_GLOBAL_BATCH, devices)
     options = _options(settings, method)

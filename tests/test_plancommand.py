@@ -59,6 +59,10 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
         (["--infer", "--all-gpus", "--objective", "speed"], "--infer and --all-gpus, --objective"),
         (["--gpu", "t4-16gb", "--examples", "0"], "--examples 0 must be above 0"),
         (["--gpu", "t4-16gb", "--examples", "9", "--epochs", "nan"], "--epochs nan must be above 0"),
+        (["--gpu", "t4-16gb", "--seq-len", str(10**12)], "--seq-len 1000000000000 must be above 0"),
+        (["--gpu", "t4-16gb", "--target-len", str(10**12)], "--target-len 1000000000000 must be above 0"),
+        (["--gpu", "t4-16gb", "--global-batch", str(10**12)], "--global-batch 1000000000000 must be above 0"),
+        (["--infer", "--target", "raspberry-pi-5-8gb", "--seq-len", str(10**12)], "cannot read 1000000000000 tokens"),
         (["--gpu", "t4-16gb", "--objective", "beauty"], "'beauty' is not known"),
         (["--all-gpus", "--gpus", "2"], "--all-gpus and --gpus"),
         (["--gpu", "t4-16gb", "--gpus", "0"], "--gpus 0 must be positive"),
@@ -72,6 +76,11 @@ def test_flags_that_contradict_are_named(arguments: list[str], named: str) -> No
     with pytest.raises(UsageError) as caught:
         plan("--model", "gpt2", *arguments)
     assert named in caught.value.fact and caught.value.exit_code == 2
+
+
+def test_a_context_that_has_no_end_has_one_in_plans() -> None:
+    with pytest.raises(UsageError, match="--seq-len 1000000000000 must be above 0, and no more than 1,048,576"):
+        plan("--model", "t5-small", "--infer", "--target", "raspberry-pi-5-8gb", "--seq-len", str(10**12))
 
 
 def test_every_machine_is_a_row_in_the_terminal_the_page_and_the_json(tiny: Path, tmp_path: Path) -> None:
