@@ -14,6 +14,7 @@ from edgepeft.candidate import usable_microbatch
 from edgepeft.catalog.fields import positions, positions_left
 from edgepeft.errors import UsageError, nearest
 from edgepeft.hardware import Hardware
+from edgepeft.peft_config import path_of
 from edgepeft.plan import PREFERRED, GiB, Plan, plan
 from edgepeft.recipe import PRECISIONS, Recipe
 from edgepeft.surface import OPTIMIZERS
@@ -70,11 +71,12 @@ def plan_model(
     for value, known in choices:
         if value is not None and value not in known:
             raise UsageError(f"plan: {value!r} is not known here.", "", nearest(value, known))
-    counts = {"seq-len": (tokens, "max_tokens"), "target-len": (target_tokens, "max_target_tokens")}
-    counts |= {"global-batch": (global_batch, "global_batch"), "epochs": (epochs, "epochs")}
-    for flag, (count, name) in counts.items():
-        recipes.check_count(f"plan: --{flag}", count, recipes.MOST[name])
+    most = recipes.MOST
+    recipes.check_count("plan: --seq-len", tokens, most["max_tokens"])
+    recipes.check_count("plan: --target-len", target_tokens, most["max_target_tokens"])
+    recipes.check_count("plan: --global-batch", global_batch, most["global_batch"])
     recipes.check_count("plan: --examples", examples, MOST_EXAMPLES)
+    recipes.check_count("plan: --epochs", epochs, most["epochs"])
     check_devices(devices, device)
     recipes.check_shared(global_batch or DEFAULT_GLOBAL_BATCH, devices)
     options = _options(settings, method)
@@ -93,6 +95,7 @@ def plan_model(
     taken = max(_taken(method, each, tokens, fields) for each in options)
     left = positions_left(model, positions(fields), method, taken, tokens)
     at = precision or implied
+    _refuse(model, fields, task or usual, method, options)
     return plan(
         name=model,
         model=fields,
@@ -241,6 +244,20 @@ def _taken(method: str | None, options: Mapping[str, Any], tokens: int | None, f
     from edgepeft.methods import base
 
     return 0 if method in (None, ALL) else base.create(str(method), options).positions(backbone.as_config(fields))
+
+
+def _refuse(
+    model: str, fields: Mapping[str, Any], task: str, method: str | None, options: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse in seconds what would be refused once traces have begun: an architecture, or a method from elsewhere."""
+    strange = method is not None and "." in method and path_of(method) is None
+    if catalog.entry(model) is not None and not strange:
+        return
+    from edgepeft import probe
+    from edgepeft.methods import base
+
+    for made in [base.create(str(method), each) for each in options] if strange else [None]:
+        probe.refuse(fields, task, made)
 
 
 def _model(name: str, trust_remote_code: bool) -> tuple[dict[str, Any], str]:

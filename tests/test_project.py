@@ -34,6 +34,7 @@ FLOORS = (
         "peft_config",
         "evidence",
         "flags",
+        "stranger",
     },
     {
         "aside",
