@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgepeft.ledger import Row
 
 app = typer.Typer(
+    cls=flags.Commands,
     help="Plan, fine-tune, merge and export models on the hardware you have.",
     no_args_is_help=True,
     add_completion=False,

@@ -56,6 +56,10 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
         (["--gpu", "t4-16gb", "--epochs", "2"], "--epochs says nothing without --examples"),
         (["--gpu", "t4-16gb", "--json", "--markdown"], "--json and --markdown"),
         (["--target", "raspberry-pi-5-8gb"], "--target says nothing without --infer"),
+        (["--infer", "--markdown"], "--infer and --markdown"),
+        (["--infer", "--target", "raspberry-pi-5-8gb", "--reserve", "8"], "raspberry-pi-5-8gb has 7.4 GiB free"),
+        (["--method", "lora", "--method=full"], "--method lora and --method full do not go together"),
+        (["--gpu", "t4-16gb", "--hardware", "a100-40gb"], "--gpu t4-16gb and --hardware a100-40gb"),
         (["--infer", "--all-gpus", "--objective", "speed"], "--infer and --all-gpus, --objective"),
         (["--gpu", "t4-16gb", "--examples", "0"], "--examples 0 must be above 0"),
         (["--gpu", "t4-16gb", "--examples", "9", "--epochs", "nan"], "--epochs nan must be above 0"),
@@ -104,6 +108,28 @@ def test_the_recipe_of_several_gpus_is_one_that_can_be_run(tiny: Path, tmp_path:
     schedule.check(made, base.create("lora"))
 
 
+def test_a_recipe_that_is_there_stays_as_it_is(tiny: Path, tmp_path: Path) -> None:
+    written = tmp_path / "recipe.toml"
+    asked = ["--model", str(tiny), "--gpu", "t4-16gb", "--method", "lora", "--precision", "fp32"]
+    found = plan(*asked, "--recipe", str(written))
+    assert "data.jsonl" in found.stderr and "--data" in found.stderr
+    before = written.read_bytes()
+    with pytest.raises(UsageError, match="is already there"):
+        plan(*asked, "--recipe", str(written), "--data", "mine.jsonl")
+    assert written.read_bytes() == before
+
+
+def test_a_flag_may_be_repeated_with_its_value_or_where_it_takes_several(tiny: Path) -> None:
+    asked = ["--model", str(tiny), "--gpu", "t4-16gb", "--method", "lora", "--precision", "fp32", "--method", "lora"]
+    assert plan(*asked, "--set", "options.rank=2", "--set", "options.rank=4").exit_code == 0
+
+
+def test_inference_leaves_what_is_reserved() -> None:
+    asked = ["--model", "gpt2", "--infer", "--target", "raspberry-pi-5-8gb", "--json"]
+    full, less = (json.loads(plan(*asked, *more).stdout)["available_bytes"] for more in ([], ["--reserve", "1"]))
+    assert full - less == 2**30
+
+
 def test_values_of_an_option_that_is_named_again_are_all_tried(tiny: Path, tmp_path: Path) -> None:
     """The one that is wanted most first; the recipe has that which is chosen."""
     written = tmp_path / "recipe.toml"
@@ -126,8 +152,8 @@ def test_what_fits_by_fsdp_alone_is_written_so(tmp_path: Path) -> None:
     shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 16}
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | shape))
     written = tmp_path / "recipe.toml"
-    asked = ["--gpu", "t4-16gb", "--method", "full", "--precision", "fp32", "--recipe", str(written)]
-    assert "FSDP2 divides" in plan("--model", str(tmp_path), "--gpus", "4", *asked).stdout
+    asked = ["--gpu", "t4-16gb", "--method", "full", "--precision", "fp32"]
+    assert "FSDP2 divides" in plan("--model", str(tmp_path), "--gpus", "4", *asked, "--recipe", str(written)).stdout
     chosen = recipe.create(recipe.read(written))
     assert (chosen.devices, chosen.strategy) == (4, "fsdp")
     with pytest.raises(EdgePeftError, match="does not fit") as caught:
