@@ -233,7 +233,7 @@ def skeleton(
     except Exception as error:  # a configuration may be wrong in any way
         raise UsageError(
             f"A {configuration.model_type} model cannot be built for {task} from this configuration.",
-            said(error),
+            said(error).partition(" Model type should be")[0],
             "Check its config.json, and that it is a text model's.",
         ) from error
     return _prepare(model, task, at, None, _head_parameters(model, task), pack)

@@ -126,6 +126,7 @@ def test_a_file_that_peft_wrote_is_taken_with_all_its_defaults(tmp_path: Path) -
         ({"peft_type": "LORAA"}, "LORA"),
         ({**LORA, "rank": 4}, "has no 'rank' for LORA"),
         ({**LORA, "r": -1}, "positive integer"),
+        ({**LORA, "r": -1}, "Correct r in "),
         ({**LORA, "r": "x"}, 'r cannot be "x".\nIt must be a whole number.'),
         ({**LORA, "r": 8.5}, "r cannot be 8.5"),
         ({**LORA, "lora_alpha": "x"}, 'lora_alpha cannot be "x"'),

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from edgepeft import hardware, recipe, schedule, tables
+from edgepeft import hardware, recipe, schedule, tables, traces
 from edgepeft.cli import app
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.methods import base
@@ -293,3 +294,13 @@ def test_progress_is_told_where_there_is_no_terminal(
     show(2, 4)
     told = capsys.readouterr()
     assert told.err == "tracing 2/4\n" and not told.out
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mixtral", "vit"])
+def test_an_architecture_that_is_not_known_is_refused_before_anything_is_traced(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers.CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
+    monkeypatch.setattr(traces, "find", lambda *anything: pytest.fail("it is traced"))
+    with pytest.raises(UsageError, match=f"(?i){kind}"):
+        plan("--model", str(tmp_path), "--gpu", "t4-16gb")
