@@ -139,7 +139,9 @@ def parse(text: str, source: str) -> Any:
 def _check_types(fields: Mapping[str, Any], kind: Any, source: str) -> None:
     """Refuse values that PEFT would take and stumble over later."""
     hints = typing.get_type_hints(kind)
-    hints |= {name: dict[str, int] | None for name in ("rank_pattern", "alpha_pattern") if hints.get(name) in (dict, dict | None)}
+    loose = (dict, dict | None)
+    numbers = [name for name in ("rank_pattern", "alpha_pattern") if hints.get(name) in loose]
+    hints |= dict.fromkeys(numbers, dict[str, int] | None)
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     for name, value in fields.items():
         if value == defaults[name] or _is_of(value, hints[name], inexact="alpha" in name):
