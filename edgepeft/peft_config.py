@@ -131,9 +131,16 @@ def parse(text: str, source: str) -> Any:
     if kind == "CPT":
         plain["task_type"] = plain.get("task_type") or TASKS["causal-lm"]
     try:
-        return known[kind](**plain)
+        made = known[kind](**plain)
     except Exception as error:
         raise UsageError(f"{source} is refused by PEFT.", f"{first_line(error)}.", _REMEDY) from error
+    if made.is_prompt_learning and not (made.num_virtual_tokens or 0) > 0:
+        raise UsageError(
+            f"{source}: num_virtual_tokens cannot be {json.dumps(made.num_virtual_tokens)}.",
+            "It is how many tokens the prompt has, at least 1.",
+            'Say how many in the file, such as "num_virtual_tokens": 20.',
+        )
+    return made
 
 
 def _check_types(fields: Mapping[str, Any], kind: Any, source: str) -> None:

@@ -133,6 +133,8 @@ def test_a_file_that_peft_wrote_is_taken_with_all_its_defaults(tmp_path: Path) -
         ({**LORA, "lora_dropout": None}, "lora_dropout cannot be null.\nIt must be a number."),
         ({**LORA, "rank_pattern": {"q_proj": "x"}}, "rank_pattern cannot be"),
         ({**LORA, "target_modules": [1]}, "It must be a list (a text each) or a text or null."),
+        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": -3}, "num_virtual_tokens cannot be -3"),
+        ({"peft_type": "PROMPT_TUNING"}, "num_virtual_tokens cannot be null"),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": "x"}, 'num_virtual_tokens cannot be "x"'),
         ({**LORA, "target_modules": ["wrong"]}, "q_proj"),
         ({**LORA, "target_modules": ["lm_head"]}, "predicts tokens"),
