@@ -304,7 +304,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> type[Method]:
-    """The class of a method, by file name, alias, dotted path of a module outside edgepeft, or ``peft:PATH``.
+    """The class of a method, by file name, alias, dotted path (``stranger.load``) or ``peft:PATH``.
 
     Raises:
         UsageError: there is no such method.
