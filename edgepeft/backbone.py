@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from edgepeft import anatomy, attending, catalog, heap, precision
+from edgepeft import admission, anatomy, attending, catalog, heap, precision
 from edgepeft.catalog import fields
 from edgepeft.errors import EdgePeftError, UsageError, beside, nearest, said
 from edgepeft.tasks import check, default_task
@@ -115,7 +115,7 @@ def config(source: Source, *, trust_remote_code: bool = False) -> PretrainedConf
         )
     with _refusing_unloadable(source):
         found = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **_gguf(source))
-    fields.check(source.name, found.to_dict())
+    admission.check(source.name, found.to_dict())
     return found
 
 
@@ -233,7 +233,7 @@ def skeleton(
     except Exception as error:  # a configuration may be wrong in any way
         raise UsageError(
             f"A {configuration.model_type} model cannot be built for {task} from this configuration.",
-            said(error),
+            said(error).partition(" Model type should be")[0],
             "Check its config.json, and that it is a text model's.",
         ) from error
     return _prepare(model, task, at, None, _head_parameters(model, task), pack)

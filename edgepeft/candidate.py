@@ -164,4 +164,4 @@ def _update_seconds(traced: Surface, hardware: Hardware, largest: int, global_ba
 
 def usable_microbatch(largest: int, global_batch: int) -> int:
     """The largest divisor of the global batch that is not larger than ``largest``."""
-    return max(size for size in range(1, min(largest, global_batch) + 1) if global_batch % size == 0)
+    return next(size for size in range(min(largest, global_batch), 0, -1) if global_batch % size == 0)

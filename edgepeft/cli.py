@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgepeft.ledger import Row
 
 app = typer.Typer(
+    cls=flags.Commands,
     help="Plan, fine-tune, merge and export models on the hardware you have.",
     no_args_is_help=True,
     add_completion=False,
@@ -118,6 +119,12 @@ def measure(
         raise UsageError(
             f"measure: --set takes options of the method, and not {other[0]}.", "", "For example: --set options.rank=16"
         )
+    for flag, count, name in (
+        ("seq-len", seq_len, "max_tokens"),
+        ("target-len", target_len, "max_target_tokens"),
+        ("microbatch", microbatch, "microbatch"),
+    ):
+        recipes.check_count(f"measure: --{flag}", count, recipes.MOST[name])
     row = measuring.measure_model(
         backbone.resolve(model),
         hardware.load(hardware.AUTO),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+from edgepeft.errors import UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[str, typer.Option("--model", help="A folder, a GGUF file, a catalogue name or a hub id.")]
@@ -20,3 +24,43 @@ TargetLen = Annotated[int | None, typer.Option("--target-len", help="Longest tar
 GlobalBatch = Annotated[int | None, typer.Option("--global-batch", help="Examples of one update.")]
 Recipe = Annotated[Path | None, typer.Option("--recipe", help="A recipe.toml.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe (docs/recipe.md); repeatable.")]
+
+
+class Commands(TyperGroup):
+    """Commands that refuse a flag which is given twice: typer would take the last, and say nothing."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is named, and what is left of the line for it.
+
+        Raises:
+            UsageError: a flag of one value has two.
+        """
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            _check_once(str(name), command, rest)
+        return name, command, rest
+
+
+def _check_once(name: str, command: Any, line: Sequence[str]) -> None:
+    known = {
+        flag: option
+        for option in command.params
+        if option.param_type_name == "option" and not (option.is_flag or option.multiple)
+        for flag in option.opts
+    }
+    given: dict[str, tuple[str, str]] = {}
+    words = iter(line)
+    for word in words:
+        if word == "--":
+            return
+        flag, found, value = word.partition("=")
+        if flag not in known:
+            continue
+        value = value if found else next(words, "")
+        before, first = given.setdefault(known[flag].name, (flag, value))
+        if first != value:
+            raise UsageError(
+                f"{name}: {before} {first} and {flag} {value} do not go together.",
+                "It takes one value.",
+                "Leave one out.",
+            )

@@ -8,6 +8,8 @@ works on plain layers works on them, without the layers of bitsandbytes that PEF
 from __future__ import annotations
 
 import functools
+import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,13 +315,16 @@ def _settle_task(source: str, config: Any, anatomy: Anatomy) -> None:
 
 def _refusal(method: Foreign, model: nn.Module, error: Exception) -> UsageError:
     ends = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
-    names = any(word in str(error).lower() for word in ("not found", "specify"))  # of the layers to change
+    remedy = "Use a type that this model and precision can have (docs/peft.md), or a method of edgepeft's own."
+    words = set(re.findall(r"\w+", str(error)))
+    if named := sorted(words & (json.loads(method.configuration).keys() - {"target_modules"})):
+        remedy = f"Correct {named[0]} in {peft_config.path_of(method.source)}."
+    if any(word in str(error).lower() for word in ("not found", "specify")):  # of the layers to change
+        remedy = f"Its linear layers are called {', '.join(ends)}."
     return UsageError(
         f"PEFT cannot put {method.type} of {method.source} into this model.",
         f"{peft_config.first_line(error)}.",
-        f"Its linear layers are called {', '.join(ends)}."
-        if names
-        else "Use a type that this model and precision can have (docs/peft.md), or a method of edgepeft's own.",
+        remedy,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from edgepeft import anatomy, backbone, hardware, roofline, tasks
+from edgepeft import anatomy, backbone, hardware, recipe, roofline, tasks
 from edgepeft.errors import UsageError, nearest
 from edgepeft.export.packing import BLOCK
 from edgepeft.export.quantize import BITS, PROTECTED, SMALLEST
@@ -88,6 +88,7 @@ def plan(*, name: str, config: PretrainedConfig, task: str, device: Hardware, to
     """
     if tokens < 2:
         raise UsageError(f"A context of {tokens} tokens holds no question and answer.", "", "Use --seq-len 512.")
+    recipe.check_count("plan: --seq-len", tokens, recipe.MOST["max_tokens"])
     with torch.device("meta"):
         model: Any = backbone.skeleton(config, task=task, at="fp32").model
     variants = tuple(_variant(model, task, at, device, tokens) for at in PRECISIONS)

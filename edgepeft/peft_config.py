@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,16 @@ _TYPES = {
     ),
     "SHADOW": ("It sends a second state through the layers, which the plan cannot follow.", "Use --method lst."),
     "XLORA": ("It mixes adapters that other runs trained.", "Train one of those."),
+}
+_EITHER = (typing.Union, types.UnionType)
+_IN_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+    types.NoneType: "null",
 }
 _NEEDS_DATA = "It is computed from data, before training, by a script of its own."
 _OWN_LOSS = "It adds a term to the loss where PEFT computes that, and edgepeft has a loss of its own."
@@ -113,14 +125,73 @@ def parse(text: str, source: str) -> Any:
     for name in _FIELDS:
         if fields.get(name):
             raise UsageError(f"{source}: {name} cannot be used here.", _FIELDS[name], "Take it out of the file.")
+    _check_types(fields, known[kind], source)
     _check_values(fields, source)
     plain = {name: value for name, value in fields.items() if name not in ("inference_mode", "auto_mapping")}
     if kind == "CPT":
         plain["task_type"] = plain.get("task_type") or TASKS["causal-lm"]
     try:
-        return known[kind](**plain)
+        made = known[kind](**plain)
     except Exception as error:
         raise UsageError(f"{source} is refused by PEFT.", f"{first_line(error)}.", _REMEDY) from error
+    if made.is_prompt_learning and not (made.num_virtual_tokens or 0) > 0:
+        raise UsageError(
+            f"{source}: num_virtual_tokens cannot be {json.dumps(made.num_virtual_tokens)}.",
+            "It is how many tokens the prompt has, at least 1.",
+            'Say how many in the file, such as "num_virtual_tokens": 20.',
+        )
+    return made
+
+
+def _check_types(fields: Mapping[str, Any], kind: Any, source: str) -> None:
+    """Refuse values that PEFT would take and stumble over later."""
+    hints = typing.get_type_hints(kind)
+    loose = (dict, dict | None)
+    numbers = [name for name in ("rank_pattern", "alpha_pattern") if hints.get(name) in loose]
+    hints |= dict.fromkeys(numbers, dict[str, int] | None)
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    for name, value in fields.items():
+        if value == defaults[name] or _is_of(value, hints[name], inexact="alpha" in name):
+            continue
+        raise UsageError(
+            f"{source}: {name} cannot be {json.dumps(value, ensure_ascii=False)}.",
+            f"It must be {' or '.join(dict.fromkeys(_in_words(hints[name])))}.",
+            "Correct it there, or leave it out, where PEFT has a default.",
+        )
+
+
+def _is_of(value: Any, hint: Any, *, inexact: bool) -> bool:
+    """Whether a value of JSON is of a type; which words and which objects a field knows is PEFT's to say.
+
+    Args:
+        inexact: whether a fraction will do for a whole number: PEFT calls scales whole that need not be.
+    """
+    origin, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in _EITHER:
+        return any(_is_of(value, part, inexact=inexact) for part in parts)
+    if origin is typing.Literal:
+        return any(type(value) is type(part) for part in parts)
+    if origin in (int, float):
+        whole = origin is int and not inexact
+        return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if origin is list:
+        return isinstance(value, list) and all(_is_of(each, *parts, inexact=inexact) for each in value)
+    if origin is dict:
+        within = parts[1:] or (Any,)
+        return isinstance(value, dict) and all(_is_of(each, *within, inexact=inexact) for each in value.values())
+    return isinstance(value, origin) if origin in _IN_WORDS else True
+
+
+def _in_words(hint: Any) -> list[str]:
+    """The types that a field may have, as people say them."""
+    origin, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in _EITHER:
+        return [word for part in parts for word in _in_words(part)]
+    if origin is typing.Literal:
+        return [json.dumps(part) for part in parts]
+    if origin is list and parts and (inner := _in_words(parts[0])):
+        return [f"a list ({inner[0]} each)"]
+    return [_IN_WORDS[origin]] if origin in _IN_WORDS else []
 
 
 def _check_values(fields: Mapping[str, Any], source: str) -> None:

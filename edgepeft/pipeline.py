@@ -125,8 +125,7 @@ class _Job:
         if not self.space.recipe.exists():  # a run that has one was planned
             task = data.task_of(wanted.data, task=wanted.task, columns=wanted.columns, validation=wanted.validation)
             check_task(self.config, task)
-            if method is not None:
-                probe.refuse(backbone.as_fields(self.config), task, method)
+            probe.refuse(backbone.as_fields(self.config), task, method)
         self.data = data.load(
             self.recipe.data,
             tokenizer=tokenizer,

@@ -368,7 +368,7 @@ def _afterwards(best: Candidate, hardware: Hardware) -> str:
     said = f" It can be trained, but not exported to ONNX. {obstacle}" if obstacle else ""
     if aside.leaves(hardware, best.merge_bytes):
         need = best.merge_bytes / GiB
-        said += f" Merging it takes {need:.1f} GiB in fp32, which is done in the computer's own memory."
+        said += f" What follows training takes {need:.1f} GiB in fp32, which is done in the computer's own memory."
     return said
 
 

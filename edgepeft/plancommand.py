@@ -65,7 +65,7 @@ def plan(
     training |= {"--target-len": target_len, "--global-batch": global_batch, "--set": settings, "--epochs": epochs}
     training |= {"--examples": examples, "--data": data, "--objective": None if objective == "quality" else objective}
     if infer or target is not None:
-        _inference(model, infer, target, task, seq_len, training, trust_remote_code, as_json)
+        _inference(model, infer, target, task, seq_len, reserve, training, trust_remote_code, as_json)
         return
     _alone(
         "--all-gpus",
@@ -82,6 +82,12 @@ def plan(
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             why = "It is a folder." if path.is_dir() else f"There is no folder {path.absolute().parent}."
             raise UsageError(f"plan: {flag} {path} cannot be written.", why, "Give the name of a file.")
+    if recipe is not None and recipe.exists():
+        raise UsageError(
+            f"plan: --recipe {recipe} is already there.",
+            "Nothing in it was touched.",
+            "Give another name, or delete it.",
+        )
 
     from edgepeft import alternatives, hardware, planning, planpage, tables
     from edgepeft import recipe as recipes
@@ -121,6 +127,8 @@ def plan(
         counts = (seq_len, target_len, global_batch, epochs)
         chosen = planning.recipe(found, data or "data.jsonl", named, *counts, trust_remote_code)
         recipes.write(chosen, recipe)
+        unsaid = "" if data else f" It names {chosen.data} as data: put yours there, or run it with --data."
+        tables.say(f"recipe: {recipe}.{unsaid}")
     ways: tuple[alternatives.Alternative, ...] = ()
     if found.choice is None:
         fact, cause, _ = found.nothing_fits()
@@ -158,6 +166,7 @@ def _inference(
     target: str | None,
     task: str | None,
     tokens: int | None,
+    reserve: float,
     training: dict[str, Any],
     trust_remote_code: bool,
     as_json: bool,
@@ -166,10 +175,13 @@ def _inference(
     if (gpu := training.pop("--gpu", None)) is not None:
         remedy = f"Use --target {gpu}." if target is None else "Leave --gpu out."
         raise UsageError("plan: --infer has a --target instead of a --gpu.", "", remedy)
+    training.pop("--reserve")
+    printed = {"--markdown": training.pop("--markdown")}
+    _alone("--infer", True, printed, "The Markdown table is one of training; --infer prints a table, or JSON (--json).")
     _alone("--infer", True, training, "With --infer there is nothing to train.")
-    from edgepeft import backbone, hardware, inferplan, tables
+    from edgepeft import backbone, hardware, inferplan, planning, tables
 
-    device = hardware.runner(hardware.AUTO if target is None else target)
+    device = planning.leaving(hardware.runner(hardware.AUTO if target is None else target), reserve)
     source = backbone.resolve(model)
     planned = partial(inferplan.plan_model, source, device, task=task, trust_remote_code=trust_remote_code)
     found = planned(tokens=tokens)

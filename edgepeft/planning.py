@@ -14,6 +14,7 @@ from edgepeft.candidate import usable_microbatch
 from edgepeft.catalog.fields import positions, positions_left
 from edgepeft.errors import UsageError, nearest
 from edgepeft.hardware import Hardware
+from edgepeft.peft_config import path_of
 from edgepeft.plan import PREFERRED, GiB, Plan, plan
 from edgepeft.recipe import PRECISIONS, Recipe
 from edgepeft.surface import OPTIMIZERS
@@ -23,7 +24,7 @@ DEFAULT_EPOCHS = 1.0
 TASKS = ("classification", "causal-lm", "seq2seq")
 OBJECTIVES = ("quality", "memory", "speed")
 ALL = "all"
-MOST = 10**12  # of anything that is counted
+MOST_EXAMPLES = 10**12
 
 
 def plan_model(
@@ -70,10 +71,12 @@ def plan_model(
     for value, known in choices:
         if value is not None and value not in known:
             raise UsageError(f"plan: {value!r} is not known here.", "", nearest(value, known))
-    counts = {"seq-len": tokens, "target-len": target_tokens, "global-batch": global_batch, "examples": examples}
-    for flag, count in {**counts, "epochs": epochs}.items():
-        if count is not None and not 0 < count <= MOST:
-            raise UsageError(f"plan: --{flag} {count} must be above 0, and no more than {MOST:,}.", "", "")
+    most = recipes.MOST
+    recipes.check_count("plan: --seq-len", tokens, most["max_tokens"])
+    recipes.check_count("plan: --target-len", target_tokens, most["max_target_tokens"])
+    recipes.check_count("plan: --global-batch", global_batch, most["global_batch"])
+    recipes.check_count("plan: --examples", examples, MOST_EXAMPLES)
+    recipes.check_count("plan: --epochs", epochs, most["epochs"])
     check_devices(devices, device)
     recipes.check_shared(global_batch or DEFAULT_GLOBAL_BATCH, devices)
     options = _options(settings, method)
@@ -92,6 +95,7 @@ def plan_model(
     taken = max(_taken(method, each, tokens, fields) for each in options)
     left = positions_left(model, positions(fields), method, taken, tokens)
     at = precision or implied
+    _refuse(model, fields, task or usual, method, options)
     return plan(
         name=model,
         model=fields,
@@ -240,6 +244,20 @@ def _taken(method: str | None, options: Mapping[str, Any], tokens: int | None, f
     from edgepeft.methods import base
 
     return 0 if method in (None, ALL) else base.create(str(method), options).positions(backbone.as_config(fields))
+
+
+def _refuse(
+    model: str, fields: Mapping[str, Any], task: str, method: str | None, options: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse in seconds what would be refused once traces have begun: an architecture, or a method from elsewhere."""
+    strange = method is not None and "." in method and path_of(method) is None
+    if catalog.entry(model) is not None and not strange:
+        return
+    from edgepeft import probe
+    from edgepeft.methods import base
+
+    for made in [base.create(str(method), each) for each in options] if strange else [None]:
+        probe.refuse(fields, task, made)
 
 
 def _model(name: str, trust_remote_code: bool) -> tuple[dict[str, Any], str]:

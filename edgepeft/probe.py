@@ -19,7 +19,7 @@ from edgepeft.cuda_semantics import Device
 from edgepeft.evaluate import sample_logits, totals
 from edgepeft.merge import COMPARED, to_full_precision
 from edgepeft.methods import base
-from edgepeft.methods.base import Method, NotMergeable
+from edgepeft.methods.base import DEPTHS, Method, NotMergeable
 from edgepeft.precision import StoredLinear
 from edgepeft.stage import Stage
 from edgepeft.step import Batch, TrainingStep
@@ -110,13 +110,17 @@ def _device(configuration: Configuration) -> Device | bool:
     return Device() if configuration.cuda and configuration.bf16 else configuration.cuda and Device(capability=(7, 5))
 
 
-def refuse(model: Mapping[str, Any], task: str, method: Method) -> None:
-    """Say what speaks against a method on a model, from as many of its layers as decide that.
+def refuse(model: Mapping[str, Any], task: str, method: Method | None) -> None:
+    """Say what speaks against a method on a model, from as many of its layers as decide that; or against any method.
 
     Raises:
-        UsageError: the method does not fit it.
+        UsageError: the method does not fit it, or no method could.
     """
     full = depth(model)
+    if method is None:
+        with torch.device("meta"), _quietly():
+            skeleton(as_config(at_depth(model, min(full, DEPTHS[0]))), task=task, at="fp32")
+        return
     layers = full if method.counts_layers else min(full, method.depths()[0])
     with fake_device(cuda=False), _quietly(), _converting():
         base.apply(method, _skeleton(at_depth(model, layers), task, "bf16", method.pack))

@@ -19,7 +19,12 @@ from edgepeft.surface import ADAMW, DDP, EIGHT_BIT, OPTIMIZERS, STRATEGIES
 
 PRECISIONS = ("fp32", "bf16", "int8", "nf4")
 VARIANTS = ("fp32", "int8", "int4")  # ONNX precisions
-MOST = {"seed": 2**32 - 1, "epochs": 1_000_000}
+MOST = {  # more than anyone means; the loss goes through targets a part at a time, and so does its trace
+    "seed": 2**32 - 1,
+    **dict.fromkeys(("epochs", "global_batch", "microbatch"), 1_000_000),
+    "max_tokens": 2**20,
+    "max_target_tokens": 2**17,
+}
 _POSITIVE = (
     *("max_tokens", "max_target_tokens", "validation_limit", "microbatch", "global_batch", "epochs", "max_steps"),
     *("devices", "lr", "clip_norm", "evaluations", "patience"),
@@ -131,8 +136,8 @@ class Recipe:
             if getattr(self, name) < 0:
                 raise UsageError(f"recipe: {name} = {getattr(self, name)} must not be negative.", "", "")
         for name, most in MOST.items():
-            if getattr(self, name) > most:
-                raise UsageError(f"recipe: {name} = {getattr(self, name)} is too large.", "", f"Give at most {most}.")
+            if (getattr(self, name) or 0) > most:
+                raise UsageError(f"recipe: {name} = {getattr(self, name)} is too large.", "", f"Give at most {most:,}.")
         if not 0 <= self.warmup < 1 or not 0 < self.validation_fraction < 1:
             raise UsageError("recipe: warmup and validation_fraction are shares between 0 and 1.", "", "")
         for value, known in (
@@ -144,6 +149,16 @@ class Recipe:
         ):
             if value not in known:
                 raise UsageError(f"recipe: {value!r} is not known here.", "", nearest(value, known))
+
+
+def check_count(named: str, count: float | None, most: int) -> None:
+    """Refuse a number that nothing can be counted by, as an option is ``named``.
+
+    Raises:
+        UsageError: see above.
+    """
+    if count is not None and not 0 < count <= most:
+        raise UsageError(f"{named} {count} must be above 0, and no more than {most:,}.", "", "")
 
 
 def check_shared(global_batch: int, devices: int) -> None:

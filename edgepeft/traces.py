@@ -19,7 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepeft import sharding, surface
+from edgepeft import sharding, stranger, surface
 from edgepeft.catalog import entry, names, traced_as
 from edgepeft.errors import EdgePeftError, said
 from edgepeft.files import write_json
@@ -304,6 +304,8 @@ def _surfaces(wanted: Sequence[Configuration]) -> Sequence[Surface | EdgePeftErr
         return [error] * len(wanted)
     except Exception as error:
         method = wanted[0].method
+        if path_of(method) is None and "." in method:
+            return [stranger.blame(method, "in a step on tensors without values", error)] * len(wanted)
         if path_of(method) is None:
             raise
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)

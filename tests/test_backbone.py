@@ -306,3 +306,49 @@ def test_gguf_loads_the_weights_of_the_converted_folder_and_saves_them(tmp_path:
     assert ours.keys() == theirs.keys() and len(ours) == 272
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("packed", "by"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+    ],
+)
+def test_weights_that_are_quantised_already_are_refused(damaged: Path, packed: dict[str, object], by: str) -> None:
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | packed))
+    with pytest.raises(UsageError, match=f"already quantised, by {by}") as caught:
+        backbone.config(backbone.resolve(str(damaged)))
+    assert "--precision nf4" in caught.value.remedy
+
+
+@pytest.mark.parametrize("field", ["max_position_embeddings", "intermediate_size"])
+@pytest.mark.parametrize("value", [-5, 10**12])
+def test_sizes_that_no_model_has_are_refused_by_name(damaged: Path, field: str, value: int) -> None:
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(UsageError, match="describes no model") as caught:
+        backbone.config(backbone.resolve(str(damaged)))
+    assert f"{field} is {value}" in caught.value.cause
+
+
+@pytest.mark.parametrize(
+    ("kind", "reads", "instead"),
+    [
+        ("gemma3", "text and images", "gemma-3-1b"),
+        ("gemma3n", "text and images and sound", "gemma-3-1b"),
+        ("qwen2_5_vl", "text and images", "qwen2.5"),
+        ("mistral3", "text and images", "mistral-7b"),
+        ("llama4", "text and images", "llama-3"),
+        ("llava", "text and images", "llama-3"),
+    ],
+)
+def test_a_model_of_more_than_text_is_called_that(tmp_path: Path, kind: str, reads: str, instead: str) -> None:
+    transformers.CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        backbone.config(backbone.resolve(str(tmp_path)))
+    assert f"is a model of {reads} ({kind})" in caught.value.fact and instead in caught.value.remedy

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
 from conformance import train
 
-from edgepeft import adapter
+from edgepeft import adapter, probe
 from edgepeft.errors import UsageError
 from edgepeft.methods import base
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_names_aliases_and_dotted_paths() -> None:
@@ -50,6 +55,44 @@ def test_a_strangers_method_works_by_dotted_path(tmp_path: Path, monkeypatch: py
         base.find("strange.empty")
     with pytest.raises(UsageError, match="There is no method 'strange.nothing'"):
         base.find("strange.nothing")
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("raise RuntimeError('no luck')", ("fails when it is imported", "RuntimeError: no luck", "odd.py, line 1")),
+        ("x = 1\ndef inject(:\n", ("fails when it is imported", "SyntaxError", "odd.py, line 2")),
+        ("import nothing_like_it", ("fails when it is imported", "nothing_like_it", "odd.py, line 1")),
+        (
+            STRANGER.replace("selection.train(", "model.nothing("),
+            ("when it is put into a model", "'nothing'", "line 14"),
+        ),
+        (STRANGER.replace('".bias"', '".none"'), ("trains nothing", "requires_grad")),
+        (STRANGER.replace("def inject", "def inspect"), ("fails when it is made", "abstract method")),
+    ],
+)
+def test_a_strangers_mistakes_are_told(
+    code: str, told: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = f"mistaken{abs(hash(code))}"
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "odd.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = {"attention_bias": True, **tiny.load("llama").model.config.to_dict()}
+    with pytest.raises(UsageError) as caught:
+        probe.refuse(model, "causal-lm", base.create(f"{package}.odd"))
+    assert all(part in str(caught.value) for part in told), str(caught.value)
+
+
+def test_a_strangers_method_is_found_in_the_current_folder(tmp_path: Path) -> None:
+    """Where Python would not look for it: the ``edgepeft`` script starts with a path of its own."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "bitfit.py").write_text(STRANGER)
+    code = "import sys; before = list(sys.path); from edgepeft.methods import base; print(base.find('mine.bitfit')); "
+    command = [sys.executable, "-P", "-c", f"{code} assert sys.path == before"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert "BitFit" in done.stdout, done.stderr
 
 
 def test_unknown_method() -> None:

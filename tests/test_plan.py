@@ -358,6 +358,7 @@ def test_a_method_that_is_not_for_a_model_is_left_out_with_its_reason() -> None:
 
 def test_usable_microbatch_divides_the_global_batch() -> None:
     assert [candidate.usable_microbatch(largest, 12) for largest in (1, 5, 7, 12, 100)] == [1, 4, 6, 12, 12]
+    assert candidate.usable_microbatch(10**12, 10**12) == 10**12  # at once
 
 
 def test_stopping_at_the_first_that_fits_chooses_the_same() -> None:

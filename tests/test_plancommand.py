@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from edgepeft import hardware, planpage, recipe, schedule, tables
+from edgepeft import hardware, planpage, recipe, schedule, tables, traces
 from edgepeft.cli import app
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.methods import base
@@ -56,9 +57,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
         (["--gpu", "t4-16gb", "--epochs", "2"], "--epochs says nothing without --examples"),
         (["--gpu", "t4-16gb", "--json", "--markdown"], "--json and --markdown"),
         (["--target", "raspberry-pi-5-8gb"], "--target says nothing without --infer"),
+        (["--infer", "--markdown"], "--infer and --markdown"),
+        (["--infer", "--target", "raspberry-pi-5-8gb", "--reserve", "8"], "raspberry-pi-5-8gb has 7.4 GiB free"),
+        (["--method", "lora", "--method=full"], "--method lora and --method full do not go together"),
+        (["--gpu", "t4-16gb", "--hardware", "a100-40gb"], "--gpu t4-16gb and --hardware a100-40gb"),
         (["--infer", "--all-gpus", "--objective", "speed"], "--infer and --all-gpus, --objective"),
         (["--gpu", "t4-16gb", "--examples", "0"], "--examples 0 must be above 0"),
         (["--gpu", "t4-16gb", "--examples", "9", "--epochs", "nan"], "--epochs nan must be above 0"),
+        (["--gpu", "t4-16gb", "--seq-len", str(10**12)], "--seq-len 1000000000000 must be above 0"),
+        (["--gpu", "t4-16gb", "--target-len", str(10**12)], "--target-len 1000000000000 must be above 0"),
+        (["--gpu", "t4-16gb", "--global-batch", str(10**12)], "--global-batch 1000000000000 must be above 0"),
+        (["--infer", "--target", "raspberry-pi-5-8gb", "--seq-len", str(10**12)], "cannot read 1000000000000 tokens"),
         (["--gpu", "t4-16gb", "--objective", "beauty"], "'beauty' is not known"),
         (["--all-gpus", "--gpus", "2"], "--all-gpus and --gpus"),
         (["--gpu", "t4-16gb", "--gpus", "0"], "--gpus 0 must be positive"),
@@ -72,6 +81,11 @@ def test_flags_that_contradict_are_named(arguments: list[str], named: str) -> No
     with pytest.raises(UsageError) as caught:
         plan("--model", "gpt2", *arguments)
     assert named in caught.value.fact and caught.value.exit_code == 2
+
+
+def test_a_context_that_has_no_end_has_one_in_plans() -> None:
+    with pytest.raises(UsageError, match="--seq-len 1000000000000 must be above 0, and no more than 1,048,576"):
+        plan("--model", "t5-small", "--infer", "--target", "raspberry-pi-5-8gb", "--seq-len", str(10**12))
 
 
 def test_every_machine_is_a_row_in_the_terminal_the_page_and_the_json(tiny: Path, tmp_path: Path) -> None:
@@ -93,6 +107,28 @@ def test_the_recipe_of_several_gpus_is_one_that_can_be_run(tiny: Path, tmp_path:
     made = recipe.create(recipe.read(written))
     assert made.devices == 2 and made.microbatch == 8
     schedule.check(made, base.create("lora"))
+
+
+def test_a_recipe_that_is_there_stays_as_it_is(tiny: Path, tmp_path: Path) -> None:
+    written = tmp_path / "recipe.toml"
+    asked = ["--model", str(tiny), "--gpu", "t4-16gb", "--method", "lora", "--precision", "fp32"]
+    found = plan(*asked, "--recipe", str(written))
+    assert "data.jsonl" in found.stderr and "--data" in found.stderr
+    before = written.read_bytes()
+    with pytest.raises(UsageError, match="is already there"):
+        plan(*asked, "--recipe", str(written), "--data", "mine.jsonl")
+    assert written.read_bytes() == before
+
+
+def test_a_flag_may_be_repeated_with_its_value_or_where_it_takes_several(tiny: Path) -> None:
+    asked = ["--model", str(tiny), "--gpu", "t4-16gb", "--method", "lora", "--precision", "fp32", "--method", "lora"]
+    assert plan(*asked, "--set", "options.rank=2", "--set", "options.rank=4").exit_code == 0
+
+
+def test_inference_leaves_what_is_reserved() -> None:
+    asked = ["--model", "gpt2", "--infer", "--target", "raspberry-pi-5-8gb", "--json"]
+    full, less = (json.loads(plan(*asked, *more).stdout)["available_bytes"] for more in ([], ["--reserve", "1"]))
+    assert full - less == 2**30
 
 
 def test_values_of_an_option_that_is_named_again_are_all_tried(tiny: Path, tmp_path: Path) -> None:
@@ -117,8 +153,8 @@ def test_what_fits_by_fsdp_alone_is_written_so(tmp_path: Path) -> None:
     shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 16}
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | shape))
     written = tmp_path / "recipe.toml"
-    asked = ["--gpu", "t4-16gb", "--method", "full", "--precision", "fp32", "--recipe", str(written)]
-    assert "FSDP2 divides" in plan("--model", str(tmp_path), "--gpus", "4", *asked).stdout
+    asked = ["--gpu", "t4-16gb", "--method", "full", "--precision", "fp32"]
+    assert "FSDP2 divides" in plan("--model", str(tmp_path), "--gpus", "4", *asked, "--recipe", str(written)).stdout
     chosen = recipe.create(recipe.read(written))
     assert (chosen.devices, chosen.strategy) == (4, "fsdp")
     with pytest.raises(EdgePeftError, match="does not fit") as caught:
@@ -258,3 +294,13 @@ def test_progress_is_told_where_there_is_no_terminal(
     show(2, 4)
     told = capsys.readouterr()
     assert told.err == "tracing 2/4\n" and not told.out
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mixtral", "vit"])
+def test_an_architecture_that_is_not_known_is_refused_before_anything_is_traced(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers.CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
+    monkeypatch.setattr(traces, "find", lambda *anything: pytest.fail("it is traced"))
+    with pytest.raises(UsageError, match=f"(?i){kind}"):
+        plan("--model", str(tmp_path), "--gpu", "t4-16gb")

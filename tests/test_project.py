@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {
         "errors",
+        "admission",
         "files",
         "fingerprints",
         "hardware",
@@ -33,6 +34,7 @@ FLOORS = (
         "peft_config",
         "evidence",
         "flags",
+        "stranger",
     },
     {
         "aside",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from edgepeft import stranger
 from edgepeft.anatomy import Anatomy
 from edgepeft.backbone import Backbone
 from edgepeft.errors import EdgePeftError, UsageError, nearest
@@ -249,8 +250,9 @@ def apply(method: Method, backbone: Backbone) -> None:
     method.check(backbone.precision)
     model: Any = backbone.model
     model.backbone_tensors = frozenset(name for name, _ in [*model.named_parameters(), *model.named_buffers()])
-    method.inject(model, backbone.anatomy)
-    begin(method, backbone, 0)
+    with stranger.blamed(type(method).__module__, "when it is put into a model"):
+        method.inject(model, backbone.anatomy)
+        begin(method, backbone, 0)
 
 
 def begin(method: Method, backbone: Backbone, stage: int) -> None:
@@ -262,6 +264,12 @@ def begin(method: Method, backbone: Backbone, stage: int) -> None:
         model,  # sorted: the order of a set differs from process to process, and with it that of the optimizer
         (name for name in sorted(backbone.fresh) if name in present and not present[name].requires_grad),
     )
+    if method.stages()[stage].updates != 0 and not any(p.requires_grad for p in model.parameters()):
+        raise UsageError(
+            f"{method.name} trains nothing.",
+            "After its inject no parameter of the model has requires_grad.",
+            "Name some in inject: selection.train(model, names) of edgepeft.placements. Or choose another method.",
+        )
     store_frozen(model)
 
 
@@ -296,7 +304,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> type[Method]:
-    """The class of a method, by file name, alias, dotted path of a module outside edgepeft, or ``peft:PATH``.
+    """The class of a method, by file name, alias, dotted path (``stranger.load``) or ``peft:PATH``.
 
     Raises:
         UsageError: there is no such method.
@@ -342,13 +350,14 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> Method:
             value = [value]  # one name is a list of one
         if isinstance(value, list):
             (options := dict(options or {}))[option] = value = tuple(value)
-        if not _is(value, type(default)):
+        if type(default) in _EXPECTED and not _is(value, type(default)):
             raise UsageError(
                 f"{name} cannot work with {option} = {value!r}.",
                 f"It must be {_EXPECTED[type(default)]}.",
                 f"Its default is {json.dumps(default)}; `edgepeft methods {name}` says what it is.",
             )
-    return method(**(options or {}))
+    with stranger.blamed(method.__module__, "when it is made"):
+        return method(**(options or {}))
 
 
 _EXPECTED = {
@@ -372,14 +381,7 @@ def _is(value: object, expected: type) -> bool:
 
 
 def _class_in(module_name: str) -> type[Method]:
-    try:
-        module = importlib.import_module(module_name)
-    except (ModuleNotFoundError, TypeError, ValueError) as error:  # the latter two: no name of a module at all
-        raise UsageError(
-            f"There is no method {module_name!r}.",
-            str(error),
-            "Give the dotted path of an importable module that holds a Method.",
-        ) from error
+    module = stranger.load(module_name)
     found = [
         value
         for value in vars(module).values()
