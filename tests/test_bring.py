@@ -115,7 +115,7 @@ def test_what_could_not_be_merged_is_refused_at_once(
     known = adapter.card(method, model="m", task="causal-lm", precision="fp32", labels=None, seed=0)
     adapter.save(folder, tuned.model, known)
     (folder / adapter.CARD).write_text(json.dumps({**dataclasses.asdict(known), **card}), encoding="utf-8")
-    data = training.source("causal-lm") / "data.jsonl"
-    refused = edgepeft("adapter", folder, tmp_path / "run", "--data", data, *arguments).exception
+    data = () if "--data" in arguments else ("--data", training.source("causal-lm") / "data.jsonl")
+    refused = edgepeft("adapter", folder, tmp_path / "run", *data, *arguments).exception
     assert isinstance(refused, UsageError) and refused.fact == told and refused.remedy
     assert not (tmp_path / "run").exists()

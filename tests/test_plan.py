@@ -1,4 +1,4 @@
-"""Planning: the JSON the issue fixes, bad input, and predictions against real tensors."""
+"""Tracing: predictions against real tensors, and what is extrapolated against what is traced whole."""
 
 from __future__ import annotations
 
@@ -7,27 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from planned import LLAMA, configuration, small_plan
 from transformers import BertConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, T5Config
 
-from edgepeft import backbone, candidate, extrapolate, hardware, plan, probe, traces
+from edgepeft import backbone, candidate, extrapolate, hardware, probe, traces
 from edgepeft.cross_entropy import CHUNK_BYTES
-from edgepeft.errors import EdgePeftError, UsageError
+from edgepeft.errors import UsageError
 from edgepeft.methods import base
 from edgepeft.precision import emulating
 from edgepeft.step import TrainingStep
 from edgepeft.surface import ADAMW, EIGHT_BIT, read
 from edgepeft.trace import KINDS, Tracker
 
-LLAMA = backbone.as_fields(
-    LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-)
 DEEP = {**LLAMA, "num_hidden_layers": 18}
 BERT = backbone.as_fields(
     BertConfig(vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4)
@@ -47,25 +38,6 @@ GEMMA3 = backbone.as_fields(  # a window shorter than what is read, in three lay
         sliding_window_pattern=4,
     )
 )
-
-
-def configuration(method: str = "lora", precision: str = "fp32", **changes: object) -> probe.Configuration:
-    values: dict[str, object] = {
-        "model": LLAMA,
-        "task": "causal-lm",
-        "method": method,
-        "options": {},
-        "precision": precision,
-        "checkpointing": False,
-        "microbatch": 2,
-        "tokens": 32,
-        "target_tokens": 16,
-        "labels": 2,
-        "accumulates": False,
-        "cuda": False,
-        "bf16": True,
-    }
-    return probe.Configuration(**{**values, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
@@ -295,120 +267,7 @@ def test_a_large_vocabulary_never_has_all_its_logits() -> None:
     assert peak.bytes["temporaries"] < 4 * CHUNK_BYTES < logits
 
 
-def small_plan(**changes: object) -> plan.Plan:
-    values: dict[str, object] = {
-        "name": "tiny",
-        "model": LLAMA,
-        "task": "causal-lm",
-        "hardware": hardware.load("t4-16gb"),
-        "tokens": 32,
-        "methods": ["lora"],
-        "precisions": ["fp32"],
-        "checkpointing": False,
-    }
-    return plan.plan(**{**values, **changes})  # type: ignore[arg-type]
-
-
-def test_json_has_the_promised_form() -> None:
-    found = json.loads(json.dumps(small_plan().as_json()))
-    assert found["hardware"] == "t4-16gb" and found["model"] == "tiny" and found["choice"] == 0
-    candidate = found["candidates"][0]
-    assert {"method", "precision", "microbatch", "checkpointing", "fits", "peak_bytes", "bytes"} <= candidate.keys()
-    assert candidate["fits"] is True and sum(candidate["bytes"].values()) == candidate["peak_bytes"]
-
-
-def test_the_microbatch_is_the_largest_that_fits() -> None:
-    small = hardware.load("t4-16gb")
-    tight = hardware.Hardware(**{**vars(small), "memory_bytes": small.reserved_bytes + (160 << 20)})
-    best = small_plan(hardware=tight).chosen()
-    more = small_plan(hardware=tight, microbatch=best.microbatch + 1)
-    assert 1 <= best.microbatch < candidate.LARGEST_MICROBATCH
-    assert candidate.needed_bytes(best.reserved_bytes, tight) <= tight.available_bytes
-    assert best.verdict == "FITS" and more.candidates[0].verdict == "TIGHT"
-    much = small_plan(hardware=tight, microbatch=2 * best.microbatch)
-    assert much.candidates[0].verdict == "NO" and much.choice is None
-
-
-def test_when_nothing_fits_the_error_says_what_would() -> None:
-    small = hardware.load("t4-16gb")
-    none = hardware.Hardware(**{**vars(small), "memory_bytes": small.reserved_bytes + 1000})
-    with pytest.raises(EdgePeftError) as caught:
-        small_plan(hardware=none).chosen()
-    assert "does not fit" in caught.value.fact and "looks for what would" in caught.value.remedy
-
-
-def test_a_packed_backbone_cannot_be_tuned_in_full() -> None:
-    with pytest.raises(UsageError, match="cannot train on nf4"):
-        small_plan(methods=["full"], precisions=["nf4"])
-
-
 def test_traces_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     (first,) = traces.find([configuration()])
     monkeypatch.setattr(extrapolate, "surface", lambda configuration: pytest.fail("traced again"))
     assert traces.find([configuration()]) == [first]
-
-
-def test_a_method_that_is_not_for_a_model_is_left_out_with_its_reason() -> None:
-    found = small_plan(methods=["lora", "cross_attention"])
-    assert {each.method for each in found.candidates} == {"lora"}
-    assert "cross_attention" in found.excluded and found.excluded["cross_attention"]
-    with pytest.raises(UsageError):
-        small_plan(methods=["cross_attention"])
-
-
-def test_usable_microbatch_divides_the_global_batch() -> None:
-    assert [candidate.usable_microbatch(largest, 12) for largest in (1, 5, 7, 12, 100)] == [1, 4, 6, 12, 12]
-    assert candidate.usable_microbatch(10**12, 10**12) == 10**12  # at once
-
-
-def test_stopping_at_the_first_that_fits_chooses_the_same() -> None:
-    both = {"methods": ["lora", "ln_tuning"], "precisions": ["fp32", "nf4"], "checkpointing": None}
-    every, soon = small_plan(**both), small_plan(**both, first=True)
-    assert soon.chosen() == every.chosen()
-    assert {(each.method, each.precision) for each in soon.candidates} == {("lora", "fp32")}
-    assert len(soon.candidates) < len(every.candidates)
-
-
-def test_many_methods_are_planned_in_further_precisions_only_where_they_do_not_fit_well() -> None:
-    both = {"methods": ["lora", "ln_tuning"], "precisions": ["fp32", "nf4"]}
-    roomy, exact = small_plan(**both, sparing=True), small_plan(**both)
-    assert [each.precision for each in roomy.candidates] == ["fp32", "fp32"] and roomy.chosen() == exact.chosen()
-    least = small_plan(**both, sparing=True, objective="memory")
-    assert [each.precision for each in least.candidates] == ["nf4", "nf4"]
-    small = hardware.load("t4-16gb")
-    none = hardware.Hardware(**{**vars(small), "memory_bytes": small.reserved_bytes + 1000})
-    assert len(small_plan(**both, sparing=True, hardware=none).candidates) == 4
-
-
-def test_the_objective_of_speed_takes_the_shortest_update() -> None:
-    found = small_plan(methods=["lora", "ln_tuning"], objective="speed")
-    times = {each.method: each.update_seconds for each in found.candidates}
-    assert found.chosen().method == "ln_tuning" == min(times, key=lambda method: times[method] or 0.0)
-    assert small_plan(methods=["lora", "ln_tuning"]).chosen().method == "lora"
-    assert "estimated" in found.why
-
-
-def test_states_in_8_bits_are_tried_where_nothing_fits_well_with_others() -> None:
-    wide = {"model": {**LLAMA, "vocab_size": 60_000, "num_hidden_layers": 2}, "methods": ["full"]}
-    needs = [small_plan(**wide, microbatch=1, optimizer=kind).chosen().process_bytes for kind in (ADAMW, EIGHT_BIT)]
-    roomy = hardware.load("t4-16gb")
-    tight = hardware.Hardware(**{**vars(roomy), "memory_bytes": roomy.reserved_bytes + sum(needs) // 2})
-    assert needs[1] < 0.8 * needs[0] and {each.optimizer for each in small_plan(**wide).candidates} == {ADAMW}
-    found = small_plan(**wide, hardware=tight)
-    assert [(each.optimizer, each.fits) for each in found.candidates] == [(EIGHT_BIT, True), (ADAMW, False)]
-    assert "8 bits" in found.why and found.as_json()["candidates"][0]["optimizer"] == EIGHT_BIT
-    assert small_plan(**wide, hardware=tight, first=True).chosen() == found.chosen()
-    lesser = {**wide, "methods": ["full", "dora"]}  # which fits well without them, but is preferred less
-    assert [small_plan(**lesser, hardware=tight, first=soon).chosen() for soon in (True, False)] == [found.chosen()] * 2
-    assert small_plan(**wide, hardware=tight, optimizer=ADAMW).choice is None
-    least = small_plan(**wide, objective="memory")
-    assert least.chosen().optimizer == EIGHT_BIT
-    frugal = small_plan(**{**wide, "methods": ["lora"]}, hardware=tight, microbatch=1024)
-    assert {each.optimizer for each in frugal.candidates} == {ADAMW}, "there is little to be saved"
-
-
-def test_an_optimizer_that_a_method_does_not_have_is_refused() -> None:
-    with pytest.raises(UsageError, match="galore cannot be trained with adamw-8bit"):
-        small_plan(methods=["galore"], optimizer=EIGHT_BIT)
-    both = small_plan(methods=["galore", "lora"], optimizer=EIGHT_BIT)
-    assert {(each.method, each.optimizer) for each in both.candidates} == {("lora", EIGHT_BIT)}

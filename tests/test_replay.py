@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from test_plan import GPT2, LLAMA, T5, configuration
+from planned import LLAMA, configuration
+from test_plan import GPT2, T5
 
 from edgepeft import candidate, extrapolate, replay
 from edgepeft.catalog.fields import at_depth

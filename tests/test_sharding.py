@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_plan import LLAMA, T5, configuration, small_plan
+from planned import LLAMA, configuration, small_plan
+from test_plan import T5
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
