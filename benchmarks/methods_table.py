@@ -188,6 +188,8 @@ def _cells(bench: Bench, line: Line, full: Line, bar: tuple[str, float, float]) 
     total = full.runs[0]["trained"] if full.runs else None
     score, loss = line.mean("score"), line.mean("loss")
     spread = f" ± {50 * abs(line.runs[0]['score'] - line.runs[1]['score']):.1f}" if len(line.runs) == 2 else ""
+    if score <= _larger(bench):
+        notes.append("no more than always naming the larger class")
     rate = sweep.rate(bench, line.row, line.factor or 0)
     end = "" if line.factor in (3.0,) else f" (x{line.factor:g})"
     return [
