@@ -54,10 +54,12 @@ def test_a_shipped_model_is_planned_without_torch(name: str, more: list[str]) ->
 
 
 def test_every_model_of_the_catalogue_has_its_usual_configurations() -> None:
+    """For GPUs that multiply bf16, and for those that do not."""
     for name in catalog.names():
         for method in PREFERRED:
             wanted = traces.usual(name, method, "bf16")
             assert traces.shipped(wanted) is not None, (name, method)
+            assert traces.shipped(traces.usual(name, method, "fp32", bf16=False)) is not None, (name, method)
             assert traces.units_key(wanted) in traces._shipped_surfaces(name), (name, method)
 
 
