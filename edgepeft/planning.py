@@ -238,7 +238,8 @@ def _methods(method: str | None, options: Sequence[Mapping[str, Any]]) -> tuple[
 
 def _taken(method: str | None, options: Mapping[str, Any], tokens: int | None, fields: Mapping[str, Any]) -> int:
     """How many positions a method takes from the input; those that are planned when none is named take none."""
-    if method in (None, ALL, *PREFERRED) and not (options or tokens):
+    name, _ = (traces.named(method) if method else None) or (method, None)
+    if name in (None, ALL, *PREFERRED) and not (options or tokens):
         return 0
     from edgepeft import backbone
     from edgepeft.methods import base

@@ -40,7 +40,7 @@ def test_shipped_surfaces_are_what_would_be_traced_now(name: str, method: str, p
 
 
 @pytest.mark.parametrize("name", SHIPPED[:1])
-@pytest.mark.parametrize("more", [[], ["--gpus", "2"]])
+@pytest.mark.parametrize("more", [[], ["--gpus", "2"], ["--method", "qlora"]])
 def test_a_shipped_model_is_planned_without_torch(name: str, more: list[str]) -> None:
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
@@ -50,7 +50,8 @@ def test_a_shipped_model_is_planned_without_torch(name: str, more: list[str]) ->
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stderr  # 1: nothing fits
     found = json.loads(done.stdout)
-    assert {each["method"] for each in found["candidates"]} == set(PREFERRED) - ({"galore"} if more else set())
+    methods = {"lora"} if "--method" in more else set(PREFERRED) - ({"galore"} if more else set())
+    assert {each["method"] for each in found["candidates"]} == methods
 
 
 def test_every_model_of_the_catalogue_has_its_usual_configurations() -> None:
