@@ -183,6 +183,36 @@ def test_small_microbatches_decide_between_no_methods_and_no_strategies() -> Non
     assert shared["update_seconds"] < chosen(*asked)["update_seconds"] / 4
 
 
+def test_of_one_method_and_precision_the_shortest_update_is_chosen() -> None:
+    """T5-11B fits an A100 an example at a time without computing activations again, and many with."""
+    found = planned("--gpu", "a100-40gb", "--model", "t5-11b", "--method", "lora", "--precision", "bf16")
+    kept, again = sorted(found["candidates"], key=lambda each: each["checkpointing"])
+    assert kept["verdict"] == again["verdict"] == "FITS" and kept["microbatch"] < again["microbatch"]
+    assert kept["update_seconds"] < again["update_seconds"] and found["candidates"][found["choice"]] == kept
+
+
+def test_an_optimizer_works_on_fewer_chunks_of_a_part() -> None:
+    """The update of bf16 weights is a loop over chunks, whose calls are most of its time."""
+    asked = ["--gpu", "h100-80gb", "--gpus", "8", "--model", "llama-3.1-8b", "--method", "full", "--precision", "bf16"]
+    seconds = {each["strategy"]: each["update_seconds"] for each in planned(*asked)["candidates"]}
+    assert seconds["fsdp"] < seconds["ddp"] / 2
+
+
+def test_a_choice_without_room_to_spare_says_so() -> None:
+    asked = ["--model", "llama-3.1-70b", "--gpu", "a100-40gb"]
+    assert chosen(*asked)["verdict"] == "TIGHT"
+    for more in ([], ["--markdown"]):
+        shown = " ".join(plan(*asked, *more).stdout.split())
+        assert "It is TIGHT" in shown and ("→ TIGHT" in shown or more) and "reserved" in shown
+
+
+def test_markdown_has_the_bytes_by_kind() -> None:
+    shown = plan("--gpu", "a100-40gb", "--model", "llama-3.1-8b", "--markdown").stdout
+    head, rule, *rows = [line for line in shown.splitlines() if line.startswith("|")]
+    assert "| activations |" in head and rows and {line.count("|") for line in (head, rule, *rows)} == {head.count("|")}
+    assert "microbatches of 4, which take" in shown
+
+
 def test_more_memory_never_fits_less() -> None:
     asked = ["--gpu", "rtx-4090-24gb", "--model", "qwen2.5-14b", "--method", "houlsby", "--precision", "int8"]
     sizes = [chosen(*asked, "--reserve", str(reserve))["microbatch"] for reserve in (2, 1.5, 1, 0.5, 0)]
