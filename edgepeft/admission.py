@@ -15,14 +15,12 @@ from edgepeft.catalog import fields
 from edgepeft.errors import UsageError
 
 _PARTS = {"vision_config": "images", "audio_config": "sound"}  # a model of text alone has none of these
-_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers")
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "intermediate_size", "d_ff", "n_inner", "hidden_dim")
 _HEADS = ("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "n_heads", "head_dim", "d_kv")
-_POSITIONS = ("max_position_embeddings", "n_positions")
 _MOST = {  # of each: a good deal more than any model has
-    **dict.fromkeys(_LAYERS, 10_000),
+    **dict.fromkeys(fields.LAYERS, 10_000),
     **dict.fromkeys(("vocab_size", *_WIDTHS, *_HEADS), 10_000_000),
-    **dict.fromkeys(_POSITIONS, 1_000_000_000),
+    **dict.fromkeys(fields.POSITIONS, 1_000_000_000),
 }
 
 

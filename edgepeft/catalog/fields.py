@@ -8,11 +8,11 @@ from typing import Any
 
 from edgepeft.errors import UsageError
 
-_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers")
-_POSITIONS = ("max_position_embeddings", "n_positions")
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers")
+POSITIONS = ("max_position_embeddings", "n_positions")
 
 
-_COUNTED = ("vocab_size", "hidden_size", "d_model", "n_embd", "num_attention_heads", "num_heads", "n_head", *_DEPTHS)
+_COUNTED = ("vocab_size", "hidden_size", "d_model", "n_embd", "num_attention_heads", "num_heads", "n_head", *LAYERS)
 
 
 def check(name: str, model: Mapping[str, Any]) -> None:
@@ -25,8 +25,8 @@ def check(name: str, model: Mapping[str, Any]) -> None:
     heads, shared = model.get("num_attention_heads"), model.get("num_key_value_heads")
     if wrong is not None:
         cause = f"Its {wrong} is {model[wrong]!r}, and must be a whole number above 0."
-    elif not any(f in model for f in _DEPTHS):
-        cause = f"It does not say how many layers there are: {' or '.join(_DEPTHS)}."
+    elif not any(f in model for f in LAYERS):
+        cause = f"It does not say how many layers there are: {' or '.join(LAYERS)}."
     elif isinstance(heads, int) and shared is not None and not (isinstance(shared, int) and shared > 0):
         cause = f"Its num_key_value_heads is {shared!r}, and must be a whole number above 0."
     elif isinstance(heads, int) and shared is not None and heads % shared:
@@ -38,14 +38,14 @@ def check(name: str, model: Mapping[str, Any]) -> None:
 
 def depth(model: Mapping[str, Any]) -> int:
     """How deep a model is: the layers of each stack or, where stacks differ, their greatest common divisor."""
-    return math.gcd(*(int(model[name]) for name in _DEPTHS if model.get(name)))
+    return math.gcd(*(int(model[name]) for name in LAYERS if model.get(name)))
 
 
 def at_depth(model: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """The same model at another depth: stacks that differ stay in the same ratio, so that they grow in step."""
     full = depth(model)
     fields: dict[str, Any] = {
-        name: value // full * layers if name in _DEPTHS and value else value for name, value in model.items()
+        name: value // full * layers if name in LAYERS and value else value for name, value in model.items()
     }
     if fields.get("layer_types"):
         fields["layer_types"] = list(fields["layer_types"])[:layers]
@@ -57,7 +57,7 @@ def positions(model: Mapping[str, Any]) -> int | None:
     kind = model.get("model_type")
     if kind in ("t5", "mt5", "umt5"):
         return None
-    found = next((int(model[name]) for name in _POSITIONS if model.get(name)), None)
+    found = next((int(model[name]) for name in POSITIONS if model.get(name)), None)
     # RoBERTa counts its positions from pad_token_id + 1
     offset = model.get("pad_token_id", 1) + 1 if kind in ("roberta", "xlm-roberta", "camembert") else 0
     return None if found is None else found - offset
