@@ -73,9 +73,9 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         out, model, method, at, rows, updates = sys.argv[1:]
         run(Case(model, method, at, int(rows), int(updates)), Path(out))
-        from edgepeft import machine
+        from edgepeft import resident
 
-        print(machine.peak_resident_bytes())
+        print(resident.peak_bytes())
         sys.exit()
     for case in cases():
         if sys.argv[1:] not in ([], [case.model]):

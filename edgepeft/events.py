@@ -13,7 +13,7 @@ import psutil
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from edgepeft import machine
+from edgepeft import resident
 from edgepeft.files import write_text
 
 
@@ -82,7 +82,7 @@ def most_bytes(device: torch.device) -> int:
     """The most that this process held so far: reserved by the allocator on a CUDA device, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    return machine.peak_resident_bytes()
+    return resident.peak_bytes()
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -45,14 +45,6 @@ def memory() -> Memory:
     )
 
 
-def peak_resident_bytes() -> int:
-    """The most memory that this process ever had resident."""
-    import resource
-
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def control_groups(
     membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[tuple[int, int]]:

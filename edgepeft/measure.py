@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from edgepeft import backbone, largest, machine, precision, probe, roofline, tasks
+from edgepeft import backbone, largest, precision, probe, resident, roofline, tasks
 from edgepeft.candidate import needed_bytes
 from edgepeft.catalog.fields import positions_left
 from edgepeft.errors import EdgePeftError, UsageError
@@ -188,7 +188,7 @@ def _on_cpu(configuration: Configuration) -> dict[str, Any]:
         started = time.perf_counter()
         step()
         seconds = time.perf_counter() - started
-        resident = machine.peak_resident_bytes()
+        most_resident = resident.peak_bytes()
         tracker = Tracker(cuda=False)
         tracker.label_model(step.model, [])  # its gradients are recognised, which are not all results of operators
         tracker.label_optimizer(step.optimizer)
@@ -199,7 +199,7 @@ def _on_cpu(configuration: Configuration) -> dict[str, Any]:
     return {
         "allocated_bytes": peak,
         "reserved_bytes": "",
-        "process_bytes": resident,
+        "process_bytes": most_resident,
         "seconds": round(seconds, 4),
     }
 

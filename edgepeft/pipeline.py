@@ -20,12 +20,13 @@ from edgepeft import (
     data,
     deploy,
     ledger,
-    machine,
     precision,
     probe,
     report,
+    resident,
     schedule,
     shards,
+    watch,
 )
 from edgepeft import merge as merging
 from edgepeft import recipe as recipes
@@ -107,6 +108,7 @@ class _Job:
 
     def __init__(self, wanted: Recipe, out: Path, until: str, say: Say) -> None:
         self.space, self.say, self.until = Workspace(out), say, until
+        self.held: dict[str, int] = {}  # phase → bytes it was measured to hold, beside those of training
         devices = 1 if self.space.adapter.exists() else wanted.devices  # only training takes several
         self.hardware = usable(load_hardware(wanted.hardware), devices)
         self.device: str = self.hardware.kind  # on which models are loaded
@@ -214,6 +216,7 @@ class _Job:
             row = Row(artefact="adapter", metrics=done.metrics, bytes=size, counts=found, stages=done.stages)
             ledger.record(self.space.ledger, row)
             self.questions.note(self.space.answers, tuned=done.answers)
+            self._note_memory()
         self.say(f"train: {_shown(done.metrics)}")
         del plain
         gc.collect()
@@ -256,7 +259,6 @@ class _Job:
             self.space.finish("merge", inputs)
             self.say(f"merge: {method.name} stays beside its backbone; it is exported as it is")
             return
-        held: dict[str, int] = {}
         try:
             rows = merging.merge(
                 self._trained,
@@ -265,7 +267,7 @@ class _Job:
                 batches=validation_batches(self.data, self.recipe),
                 tokenizer=self.data.tokenizer,
                 out=self.space.merged,
-                phases=held,
+                phases=self.held,
                 ends=self.questions.ends,
             )
         except base.NotMergeable as error:
@@ -273,9 +275,11 @@ class _Job:
             self.space.finish("merge", inputs)
             self.say(f"merge: {method.name} stays beside its backbone: {error.cause} It is exported as it is")
             return
-        rows[-1] = dataclasses.replace(rows[-1], counts={**rows[-1].counts, **self._changed(method, rows[-1])})
+        with watch.rise(self.held, "reloading", self.device):
+            changed = self._changed(method, rows[-1])
+        rows[-1] = dataclasses.replace(rows[-1], counts={**rows[-1].counts, **changed})
         ledger.record(self.space.ledger, *rows)
-        self._note_memory({"measured_phases": held})
+        self._note_memory()
         self.space.finish("merge", inputs)
         for row in rows:
             self.say(f"merge: {row.artefact}: {_shown(row.metrics)}{'' if row.kept else ' (not kept)'}")
@@ -288,16 +292,19 @@ class _Job:
             self.say("export: done before")
             return
         self.device = device_after("export", self.hardware, self._planned(), self.say)
-        deploy.deploy(self._whole, self.recipe, self.data, self.space, self.say)
-        self._note_memory({})
+        with watch.rise(self.held, "exporting", self.device):
+            deploy.deploy(self._whole, self.recipe, self.data, self.space, self.say)
+        self._note_memory()
         self.space.finish("export", inputs)
 
-    def _note_memory(self, found: dict[str, Any]) -> None:
+    def _note_memory(self) -> None:
         """Put what was measured beside what was predicted; nothing was of an adapter that was trained elsewhere."""
         if planned := self._planned():
+            before = planned.get("measured_phases", {})
+            found: dict[str, Any] = {"measured_phases": {**before, **self.held}}
             if self.hardware.kind == "cpu":  # where what was predicted of the process is with merging and exporting
-                before = planned.get("measured_process_bytes", 0)
-                found["measured_process_bytes"] = max(before, machine.peak_resident_bytes())
+                most = max(planned.get("measured_process_bytes", 0), resident.peak_bytes())
+                found["measured_process_bytes"] = most
             write_json(self.space.plan, {**planned, **found})
 
     def _whole(self) -> Any:
@@ -346,17 +353,19 @@ class _Job:
         return json.loads(self.space.plan.read_text(encoding="utf-8")) if self.space.plan.exists() else {}
 
     def _load(self, at: str, pack: backbone.Packing | None = None) -> Backbone:
-        return backbone.load(
-            self.source,
-            task=self.data.task,
-            at=at,
-            device=self.device,
-            labels=self.data.labels or None,
-            seed=self.recipe.seed,
-            padding=pad_id(self.data.tokenizer),
-            trust_remote_code=self.recipe.trust_remote_code,
-            pack=pack,
-        )
+        held = self.held if self.device == self.hardware.kind else {}  # what is loaded elsewhere was not planned
+        with watch.rise(held, "loading" if at == self.recipe.precision else "reloading", self.device):
+            return backbone.load(
+                self.source,
+                task=self.data.task,
+                at=at,
+                device=self.device,
+                labels=self.data.labels or None,
+                seed=self.recipe.seed,
+                padding=pad_id(self.data.tokenizer),
+                trust_remote_code=self.recipe.trust_remote_code,
+                pack=pack,
+            )
 
     def _trained(self, at: str) -> Backbone:
         """The backbone at a precision, with the trained adapter in it."""

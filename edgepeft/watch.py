@@ -8,7 +8,7 @@ from collections.abc import Iterator, MutableMapping
 import torch
 from torch import nn
 
-from edgepeft import shards
+from edgepeft import resident, shards
 from edgepeft.trace import Tracker
 
 
@@ -40,3 +40,22 @@ def peak(
             yield
         found = tracker.peaks()[name].peak_bytes
     phases[name] = max(phases.get(name, 0), found)
+
+
+@contextlib.contextmanager
+def rise(phases: MutableMapping[str, int], name: str, device: str) -> Iterator[None]:
+    """Note in ``phases`` what loading or exporting a model takes, where operators do not tell.
+
+    Its weights are read by other threads and its graph belongs to another library. On a CPU it is by how much the
+    process's resident memory rises, where the system tells: with libraries that are loaded on the way, and of mapped
+    weights only what was read.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        yield
+        found = [torch.cuda.max_memory_allocated()]
+    else:
+        with resident.rise() as found:
+            yield
+    if found:
+        phases[name] = max(phases.get(name, 0), *found)

@@ -84,14 +84,14 @@ def test_measured_memory_is_near_what_was_predicted(tuned: Path) -> None:
 
 
 def test_every_phase_was_measured_and_is_near_what_was_predicted(tuned: Path) -> None:
-    """Left out are loading, where threads read the weights, and exporting to another library: they are not followed."""
+    """Those that operators do not tell are of a process that loads libraries on the way, many times such a model."""
     planned = json.loads((tuned / "plan.json").read_text())
     ended = json.loads((tuned / "events.jsonl").read_text().splitlines()[-1])
     measured = {**ended["measured_phases"], **planned["measured_phases"]}
     predicted = planned["predicted_phases"]
-    assert set(predicted) - {"loading", "reloading", "exporting"} == set(measured)
-    for phase, size in measured.items():
-        assert predicted[phase] == pytest.approx(size, rel=0.1), phase
+    assert set(predicted) == set(measured)
+    for phase in measured.keys() - {"loading", "reloading", "exporting"}:
+        assert predicted[phase] == pytest.approx(measured[phase], rel=0.1), phase
 
 
 def test_a_run_counts_what_the_survey_asks_for(tuned: Path) -> None:

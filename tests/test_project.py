@@ -29,6 +29,7 @@ FLOORS = (
         "precision",
         "profile",
         "rates",
+        "resident",
         "catalog",
         "chat",
         "peft_config",

@@ -89,6 +89,8 @@ def _phases(run: Run) -> Html | None:
     head = tag("thead", tag("tr", *(tag("th", column, scope="col") for column in columns)))
     note = (
         "Bytes of tensors at the peak of each phase. Without a measurement: not reached, or not to be followed here. "
+        "Of loading, reloading and exporting on a CPU by how much the process grew: with libraries that came on the "
+        "way, and without weights that are mapped and not read yet. "
         "Of the whole process: on a CPU what is resident, with libraries and what the heap keeps; on a GPU what is "
         "reserved."
     )
