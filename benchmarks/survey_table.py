@@ -40,7 +40,7 @@ So the survey's own modules, counted or timed, do not give its order either: the
 what edgepeft's step lacks of theirs is not the whole reason. Full tuning was measured apart (the authors'
 `measure_throughput.py` leaves it out with the remark "different"), and each number is the time of one microbatch for
 each of four data sets, the last that was logged. T5-3B's parameter counts of LoRA, prefix tuning and MAM are not those
-of T5-3B (tests/test_survey_counts.py).
+of T5-3B (survey_counts.md).
 
 To make the counts and times anew: `bash benchmarks/survey_harness.sh DIRECTORY` (an environment of its own, with pinned
 versions; writes `benchmarks/survey_harness.json`), then `python benchmarks/survey_table.py`.
