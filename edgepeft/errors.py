@@ -50,5 +50,5 @@ def beside(path: str | Path) -> list[str]:
 def nearest(name: str, known: Iterable[str]) -> str:
     """A remedy that names the entries of ``known`` closest to ``name``, or all of them when none is close."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=3)
     return f"Did you mean {', '.join(close)}?" if close else f"Known: {', '.join(names)}."
