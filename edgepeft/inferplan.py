@@ -197,9 +197,12 @@ def _speeds(
             if each.kind != "plain":  # norms and biases
                 integer = precision != "fp32" and each.kind != "protected"
                 work["int8" if integer else "fp32"] += 2 * each.tensor.numel()
-        share = roofline.reached(hardware, operation)
-        products = sum(flops / (roofline.peak(hardware, dtype) * share) for dtype, flops in work.items())
-        return products + attention / (roofline.peak(hardware, "fp32") * roofline.reached(hardware, "attention"))
+
+        def rate(operation: str, dtype: str = "fp32") -> float:
+            return roofline.peak(hardware, dtype) * roofline.reached(hardware, operation, dtype)
+
+        products = sum(flops / rate(operation, dtype) for dtype, flops in work.items())
+        return products + attention / rate("attention")
 
     # A decoder's piece of a prompt attends to all before it and to itself: on average to half of the prompt and a half.
     attended = (tokens + min(tokens, PREFILL_TOKENS)) / 2 if task == "causal-lm" else tokens

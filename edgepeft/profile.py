@@ -13,6 +13,8 @@ DTYPES = ("fp32", "bf16", "fp16", "int8")
 COMPUTING = ("matmul", "thin", "attention")
 MOVING = ("elementwise", "curved", "random", "dequantize", "optimizer", "requantize")
 OPERATIONS = (*COMPUTING, *MOVING, "sending")
+IN_A_DTYPE = tuple(f"{operation}.{dtype}" for operation in COMPUTING for dtype in DTYPES)
+"""Operations that may reach another share of each dtype's peak."""
 
 # Lowest and highest believable value. Their main use is to catch GB where bytes are meant, and TFLOPS where FLOP/s are.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -42,7 +44,7 @@ _EXAMPLES = "The shipped profiles are examples to start from."
 _WITH_SOURCE = {
     *(*_RANGES, "instructions"),
     *(f"flops.{dtype}" for dtype in DTYPES),
-    *(f"reached.{operation}" for operation in OPERATIONS),
+    *(f"reached.{operation}" for operation in (*OPERATIONS, *IN_A_DTYPE)),
 }
 _OF_PROCESSOR = ("reserved_bytes", "instructions", *(f"flops.{dtype}" for dtype in DTYPES))
 _WITH_SOURCE |= {f"processor.{name}" for name in _OF_PROCESSOR}
@@ -108,13 +110,17 @@ class Table:
         return rates
 
     def reached(self) -> dict[str, float]:
+        """By operation, or by operation and dtype (``thin.bf16``) where a table of dtypes stands for a number."""
         if "reached" not in self:
             return {}
         table = self._take("reached")
         if not isinstance(table, dict):
             raise self.error("reached", "it is not a table", "For example: reached = { matmul = 0.8 }")
         self._known("reached", table, OPERATIONS, "operation")
-        return {name: self._number(f"reached.{name}", value, _SHARE_RANGES[name]) for name, value in table.items()}
+        shares = dict(_flat(table))
+        self._known("reached", shares, (*OPERATIONS, *IN_A_DTYPE), "operation of a dtype")
+        limits = {name: _SHARE_RANGES[name.partition(".")[0]] for name in shares}
+        return {name: self._number(f"reached.{name}", value, limits[name]) for name, value in shares.items()}
 
     def table(self, key: str) -> Table:
         value = self._take(key)

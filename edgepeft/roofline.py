@@ -66,7 +66,7 @@ def job(updates: int, update_seconds: float, hardware: Hardware, devices: int = 
 def _times(kind: str, work: Work, hardware: Hardware) -> tuple[float, float]:
     """Seconds of computing and of moving."""
     operation, _, dtype = kind.partition(".")
-    computing = work.flops / (peak(hardware, dtype) * reached(hardware, operation)) if work.flops else 0.0
+    computing = work.flops / (peak(hardware, dtype) * reached(hardware, operation, dtype)) if work.flops else 0.0
     moving = work.bytes / (hardware.bandwidth * reached(hardware, _MOVES.get(operation, operation)))
     return computing, moving
 
@@ -76,10 +76,18 @@ def peak(hardware: Hardware, dtype: str) -> float:
     return hardware.flops.get(dtype, hardware.flops["fp32"])
 
 
-def reached(hardware: Hardware, operation: str) -> float:
-    """The share of a device's peak that an operation reaches: the profile's, else what is usual for its kind."""
-    usual = USUAL[hardware.kind]
-    return hardware.reached.get(operation, usual[operation])
+def reached(hardware: Hardware, operation: str, dtype: str = "fp32") -> float:
+    """The share of a device's peak that an operation reaches: the profile's, else what is usual for its kind.
+
+    Args:
+        dtype: what it computes in, for those whose share it may change. One that is not native is computed in fp32.
+    """
+    of_dtype = f"{operation}.{dtype if dtype in hardware.flops else 'fp32'}"
+    for shares in (hardware.reached, USUAL[hardware.kind]):
+        for name in (of_dtype, operation):
+            if name in shares:
+                return shares[name]
+    raise KeyError(operation)
 
 
 def _call_seconds(kind: str, hardware: Hardware) -> float:

@@ -99,14 +99,15 @@ def test_a_step_has_the_flops_that_pytorch_counts(family: str) -> None:
     assert sum(work.flops for work in found.values()) == counter.get_total_flops() > 0
 
 
-def test_attention_on_a_cpu_is_counted_as_on_a_gpu() -> None:
-    query, key, value = (torch.ones(2, 4, 64, 16, requires_grad=True) for _ in range(3))
+@pytest.mark.parametrize(("width", "counted_as"), [(8, 32), (16, 32), (32, 32), (40, 40)])
+def test_attention_on_a_cpu_is_counted_as_on_a_gpu_and_narrow_heads_as_wider_ones(width: int, counted_as: int) -> None:
+    query, key, value = (torch.ones(2, 4, 64, width, requires_grad=True) for _ in range(3))
 
     def step() -> None:
         F.scaled_dot_product_attention(query, key, value).sum().backward()
 
     found = counted(step)["attention.fp32"]
-    forward = 4 * 2 * 4 * 64 * 64 * 16
+    forward = 4 * 2 * 4 * 64 * 64 * counted_as
     assert found.flops == forward + 2.5 * forward  # two products forward; four of them and one again backward
 
 

@@ -3,6 +3,8 @@
 Usage: ``python tools/probe.py my-machine.toml``, then ``edgepeft plan --gpu my-machine.toml``. It takes a minute.
 Every number is the best of many repeats, because whatever else runs can only make one slower. On one thread
 (``OMP_NUM_THREADS=1``) a CPU's numbers are processor seconds, which other processes' turns do not lengthen.
+Operators run through several layers, each with tensors of its own: one that is repeated on the same ones finds them in
+a cache, where a training step does not.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edgepeft import hardware
+from edgepeft import hardware, heap
 from edgepeft.errors import EdgePeftError
 from edgepeft.files import write_text
 from edgepeft.hardware import Hardware
@@ -31,8 +33,11 @@ from edgepeft.work import Tally
 
 TOKENS, WIDTH, INNER, RANK = 1024, 768, 3072, 8  # of a training step of BERT-base's size
 ATTENTION = (4, 12, 128, 64)  # batch, heads, tokens, width of a head
+LAYERS = 16  # together larger than most caches
 ROUNDS, LEAST_SECONDS = 7, 0.05
 CALLS = 200
+FEW_AND_MANY = (TOKENS // 4, TOKENS)
+_either = " and ".join(map(str, FEW_AND_MANY))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,13 +57,13 @@ class Probe:
 
     def profile(self) -> Hardware:
         """Everything, measured."""
-        bandwidth = self._bandwidth()
-        flops, matmul = self._products()
-        peak = flops[next(name for name, dtype in DTYPES.items() if dtype is self.half)]
+        bandwidth, flops = self._bandwidth(), self._flops()
         reached = {
-            "matmul": matmul,
-            "thin": self._thin() / peak,
-            "attention": self._attention() / peak,
+            f"{kind}.{name}": rate(name) / flops[name]
+            for kind, rate in (("matmul", self._products), ("thin", self._thin), ("attention", self._attention))
+            for name in flops
+        }
+        reached |= {
             "elementwise": self._elementwise() / bandwidth,
             "curved": self._curved() / bandwidth,
             "random": self._random() / bandwidth,
@@ -81,81 +86,104 @@ class Probe:
         target = torch.empty_like(source)
         return self._rate("bandwidth", lambda: target.copy_(source), 2 * (1 << 28), "copying 256 MiB, read and written")
 
-    def _products(self) -> tuple[dict[str, float], float]:
-        """FLOP/s of each native dtype at its best shape, and the share of it at the shapes of training."""
-        flops, shares = {}, []
+    def _flops(self) -> dict[str, float]:
+        """FLOP/s of each native dtype at its best shape, from tensors that are at hand."""
+        large = 4096 if self.device == "cuda" else 2048
+        shapes = [(TOKENS, WIDTH, WIDTH), (TOKENS, WIDTH, INNER), (TOKENS, INNER, WIDTH), (large, large, large)]
+        what = f"the fastest of products of {', '.join('x'.join(map(str, shape)) for shape in shapes)}"
+        found = {}
         for name, dtype in DTYPES.items():
-            if name not in self.known.flops:
-                continue
-            large = 4096 if self.device == "cuda" else 2048
-            shapes = [(TOKENS, WIDTH, WIDTH), (TOKENS, WIDTH, INNER), (TOKENS, INNER, WIDTH), (large, large, large)]
-            seconds = [self._seconds(_product(*shape, dtype, self.device)) for shape in shapes]
-            work = [2 * math.prod(shape) for shape in shapes]
-            flops[name] = max(w / s for w, s in zip(work, seconds, strict=True))
-            shares.append(sum(work[:3]) / sum(seconds[:3]) / flops[name])
-            self._say(f"flops.{name}", f"the fastest of products of {', '.join('x'.join(map(str, s)) for s in shapes)}")
-        self._say("reached.matmul", "products of the shapes of a training step, over the fastest; mean of the dtypes")
-        return flops, sum(shares) / len(shares)
+            if name in self.known.flops:
+                products = [(shape, _product(*shape, dtype, self.device)) for shape in shapes]
+                found[name] = max(2 * math.prod(shape) / self._seconds(run) for shape, run in products)
+                self._say(f"flops.{name}", what, dtype)
+        return found
 
-    def _thin(self) -> float:
+    def _products(self, name: str) -> float:
+        """Products of a training step, for few tokens and for many."""
+        layers = [
+            _product(tokens, inner, columns, DTYPES[name], self.device)
+            for tokens in FEW_AND_MANY
+            for inner, columns in ((WIDTH, WIDTH), (WIDTH, INNER), (INNER, WIDTH))
+            for _ in range(LAYERS // 4)
+        ]
+        what = f"products of {_either} tokens, {WIDTH} and {INNER} wide"
+        return self._computed(f"matmul.{name}", lambda: [layer() for layer in layers], what)
+
+    def _thin(self, name: str) -> float:
         """An adapter's products and their gradients, for few tokens and for many."""
-        down = torch.randn(RANK, WIDTH, device=self.device).to(self.half).requires_grad_()
-        up = torch.randn(WIDTH, RANK, device=self.device).to(self.half).requires_grad_()
-        inputs = [torch.randn(tokens, WIDTH, device=self.device).to(self.half) for tokens in (TOKENS // 4, TOKENS)]
-        inputs = [x.requires_grad_() for x in inputs]
 
-        def adapter() -> None:
-            for x in inputs:
-                F.linear(F.linear(x, down), up).backward(x.detach())
+        def inputs(tokens: int) -> tuple[Tensor, ...]:
+            return tuple(self._random_tensor(name, *shape) for shape in ((tokens, WIDTH), (RANK, WIDTH), (WIDTH, RANK)))
 
-        work = sum(each.flops for each in _counted(adapter).work().values())
-        what = f"products of rank {RANK} and their gradients, of {TOKENS // 4} and {TOKENS} tokens"
-        return self._rate("reached.thin", adapter, work, what)
+        def adapter(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+            return F.linear(F.linear(x, down), up)
 
-    def _attention(self) -> float:
-        query, key, value = (
-            torch.randn(ATTENTION, dtype=self.half, device=self.device, requires_grad=True) for _ in range(3)
-        )
+        layers = [inputs(tokens) for tokens in FEW_AND_MANY for _ in range(LAYERS)]
+        what = f"products of rank {RANK} and their gradients, of {_either} tokens"
+        return self._computed(f"thin.{name}", lambda: _forward_and_backward(adapter, layers), what)
 
-        def layer() -> None:
-            F.scaled_dot_product_attention(query, key, value).backward(value.detach())
+    def _attention(self, name: str) -> float:
+        layers = [tuple(self._random_tensor(name, *ATTENTION) for _ in range(3)) for _ in range(LAYERS)]
+        what = f"attention of {ATTENTION[2]} tokens and heads {ATTENTION[3]} wide, with its gradients"
+        attend = F.scaled_dot_product_attention
+        return self._computed(f"attention.{name}", lambda: _forward_and_backward(attend, layers), what)
 
-        work = sum(each.flops for each in _counted(layer).work().values())
-        return self._rate("reached.attention", layer, work, "attention with its gradients")
+    def _computed(self, name: str, run: Callable[[], Any], what: str) -> float:
+        """FLOP/s."""
+        work = sum(each.flops for each in _counted(run).work().values())
+        self._say(f"reached.{name}", what, DTYPES[name.partition(".")[2]])
+        return work / self._seconds(run)
+
+    def _random_tensor(self, name: str, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device).to(DTYPES[name]).requires_grad_()
 
     def _elementwise(self) -> float:
         """The operators between the products of a transformer layer, as work.Tally counts their bytes."""
-        x, y = (torch.randn(TOKENS, WIDTH, dtype=self.half, device=self.device) for _ in range(2))
+        pairs = [
+            tuple(torch.randn(TOKENS, WIDTH, dtype=self.half, device=self.device) for _ in range(2))
+            for _ in range(LAYERS)
+        ]
 
-        def layer() -> None:
-            _ = (x + y) * y
+        def layer(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
             z = x.float()
-            _ = (z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+            return (x + y) * y, z, (z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
-        return self._moved("elementwise", layer, "sums, products, RMS norms and casts of (1024, 768)")
+        what = f"sums, products, RMS norms and casts of ({TOKENS}, {WIDTH})"
+        return self._moved("elementwise", lambda: [layer(*pair) for pair in pairs], what)
 
     def _curved(self) -> float:
-        scores = torch.randn(4 * 12, 256, 256, dtype=self.half, device=self.device)
-        x = torch.randn(TOKENS, INNER, dtype=self.half, device=self.device, requires_grad=True)
+        scores = [torch.randn(4 * 12, 256, 256, dtype=self.half, device=self.device) for _ in range(LAYERS // 4)]
+        layers = [
+            (torch.randn(TOKENS, INNER, dtype=self.half, device=self.device, requires_grad=True),)
+            for _ in range(LAYERS // 4)
+        ]
 
-        def layer() -> None:
-            _ = scores.softmax(-1)
-            F.gelu(F.layer_norm(x, (INNER,))).backward(x.detach())
+        def passes() -> None:
+            kept = [each.softmax(-1) for each in scores]
+            _forward_and_backward(lambda x: F.gelu(F.layer_norm(x, (INNER,))), layers)
+            del kept
 
-        return self._moved("curved", layer, "softmax, and GELU and layer norm with their gradients")
+        return self._moved("curved", passes, "softmax, and GELU and layer norm with their gradients")
 
     def _random(self) -> float:
-        x = torch.empty(TOKENS, INNER, dtype=self.half, device=self.device)
-        return self._moved("random", lambda: x.bernoulli_(0.1), "dropout masks of (1024, 3072)")
+        """A number costs the same in any dtype, so all of them together."""
+        masks = [torch.empty(TOKENS, INNER, dtype=dtype, device=self.device) for dtype in (self.half, torch.float32)]
+        what = f"dropout masks of ({TOKENS}, {INNER}), in {self.half} and torch.float32"
+        return self._moved("random", lambda: [mask.bernoulli_(0.1) for mask in masks], what)
 
     def _moved(self, kind: str, run: Callable[[], Any], what: str) -> float:
         return self._rate(f"reached.{kind}", run, _counted(run).work()[kind].bytes, what)
 
     def _dequantize(self) -> float:
-        weight = torch.randn(INNER, WIDTH, dtype=self.half)
-        stored = NF4Linear(weight, None).to(self.device)
-        moved = stored.packed.numel() + weight.numel() * weight.element_size()
-        return self._rate("reached.dequantize", lambda: stored.dequantize(self.half), moved, "NF4 of (3072, 768)")
+        weights = [torch.randn(INNER, WIDTH, dtype=self.half) for _ in range(LAYERS)]
+        stored = [NF4Linear(weight, None).to(self.device) for weight in weights]
+        moved = sum(
+            packed.packed.numel() + weight.numel() * weight.element_size()
+            for packed, weight in zip(stored, weights, strict=True)
+        )
+        what = f"NF4 of ({INNER}, {WIDTH})"
+        return self._rate("reached.dequantize", lambda: [each.dequantize(self.half) for each in stored], moved, what)
 
     def _optimizer(self) -> float:
         parameter = torch.nn.Parameter(torch.randn(4 << 20, device=self.device))
@@ -189,12 +217,12 @@ class Probe:
         self._say(name, what)
         return work / self._seconds(run)
 
-    def _say(self, name: str, what: str) -> None:
+    def _say(self, name: str, what: str, dtype: torch.dtype | None = None) -> None:
         count = torch.get_num_threads()
         threads = "" if self.device != "cpu" else f", {count} threads" if count > 1 else ", processor seconds, 1 thread"
+        of = "" if dtype is None else f", {dtype}"
         self.sources[name] = (
-            f"measured by tools/probe.py: {what}; best of {ROUNDS}; torch {torch.__version__}{threads}, "
-            f"{self.half if name.startswith('reached') else ''}".rstrip(", ")
+            f"measured by tools/probe.py: {what}; best of {ROUNDS}; torch {torch.__version__}{threads}{of}"
         )
 
     def _seconds(self, run: Callable[[], Any]) -> float:
@@ -225,6 +253,13 @@ def _product(rows: int, inner: int, columns: int, dtype: torch.dtype, device: st
     return lambda: F.linear(left, right)
 
 
+def _forward_and_backward(layer: Callable[..., Tensor], inputs: Sequence[tuple[Tensor, ...]]) -> None:
+    """All layers, what they make being kept, and back through them; a layer's result is shaped as its first input."""
+    made = [layer(*each) for each in inputs]
+    for result, each in zip(reversed(made), reversed(inputs), strict=True):
+        torch.autograd.grad(result, each, each[0].detach())
+
+
 def _counted(run: Callable[[], Any]) -> Tally:
     tally = Tally()
 
@@ -242,7 +277,7 @@ def _counted(run: Callable[[], Any]) -> Tally:
 def as_toml(device: Hardware) -> str:
     """A profile that ``hardware.load`` reads back as ``device``."""
 
-    def table(values: Any) -> str:
+    def table(values: Mapping[str, float]) -> str:
         return "{ " + ", ".join(f"{name} = {value:.4g}" for name, value in values.items()) + " }"
 
     def texts(values: tuple[str, ...]) -> str:
@@ -292,7 +327,9 @@ def main(argv: list[str]) -> None:
     if given.out.suffix != ".toml":
         parser.error("the profile's name must end in .toml")
     known = hardware.detect()
-    write_text(given.out, as_toml(Probe(known.kind, known).profile()))
+    with heap.ample():  # as training has it: where memory is taken anew, its pages cost more than the operators
+        found = Probe(known.kind, known).profile()
+    write_text(given.out, as_toml(found))
     found = hardware.load(str(given.out))  # what was written is what edgepeft reads
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in found.flops.items())
     print(f"{given.out}: {found.bandwidth / 1e9:.1f} GB/s, {rates}")
