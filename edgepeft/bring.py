@@ -57,6 +57,7 @@ def begin(source: Path, out: Path, *, data: str, model: str | None = None) -> tu
                 "They are made again from its run's recipe, which names their configuration.",
                 "Merge and export the run itself: edgepeft merge RUN, edgepeft export RUN.",
             )
+        adapter.check_ours(card)
         adapter.check(space.adapter, base.create(card.method, card.options), card.model)
         _check_data(data, card.task)
         chosen = Recipe(

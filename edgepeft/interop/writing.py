@@ -23,11 +23,12 @@ def write(folder: Path, target: Path) -> tuple[str, ...]:
         What a user of the new folder should know.
 
     Raises:
-        UsageError: PEFT's format has no place for this method or one of its options, or the adapter is none of the
-            backbone that it names.
+        UsageError: PEFT's format has no place for this method or one of its options, or the method is not edgepeft's,
+            or the adapter is none of the backbone that it names.
         EdgePeftError: the adapter is damaged.
     """
     card = adapter.read_card(folder)
+    adapter.check_ours(card)
     tensors = folders.tensors(folder / adapter.TENSORS)
     method = base.create(card.method, card.options).finished()
     if method.name not in folders.FORMS:
