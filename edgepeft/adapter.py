@@ -223,14 +223,14 @@ def copy_into(parameters: dict[str, Tensor], tensors: dict[str, Tensor], where: 
         UsageError: names or shapes differ.
     """
     missing = sorted(parameters.keys() - tensors.keys())
-    foreign = sorted(tensors.keys() - parameters.keys())
+    unknown = sorted(tensors.keys() - parameters.keys())
     shapes = sorted(
         name
         for name in parameters.keys() & tensors.keys()
         if tuple(parameters[name].shape) != tuple(tensors[name].shape)
     )
-    if missing or foreign or shapes:
-        problems = (("missing", missing), ("not in the model", foreign), ("of another shape", shapes))
+    if missing or unknown or shapes:
+        problems = (("missing", missing), ("not in the model", unknown), ("of another shape", shapes))
         raise UsageError(
             f"The adapter in {where} does not belong to this model.",
             "; ".join(f"{len(names)} tensors {what}, such as {names[0]}" for what, names in problems if names) + ".",
