@@ -15,7 +15,7 @@ import torch
 from edgepeft import adapter, backbone, tasks
 from edgepeft.anatomy import ROLES
 from edgepeft.backbone import Backbone
-from edgepeft.errors import UsageError
+from edgepeft.errors import UsageError, said
 from edgepeft.files import atomic_directory, write_json
 from edgepeft.interop import folder as folders
 from edgepeft.interop import settings, structure
@@ -52,8 +52,8 @@ def read(folder: Path, target: Path, model: str | None = None) -> tuple[str, ...
     layers = _layers(own, form, made)
     try:
         found = form.read(config, own, made)
-    except (KeyError, TypeError, ValueError, re.error) as error:
-        cause = f"It does not describe the tensors beside it: {error!r}."
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, re.error) as error:
+        cause = f"It does not describe the tensors beside it: {said(error)}."
         raise folders.damaged(folder / folders.CONFIG, cause) from error
     options = found.options
     if "targets" in {field.name for field in dataclasses.fields(base.find(name))}:
@@ -88,6 +88,9 @@ def _config(path: Path) -> dict[str, Any]:
         raise folders.damaged(path, f"It is missing or damaged: {error}.") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise folders.damaged(path, "It names no peft_type.")
+    for name in ("base_model_name_or_path", "task_type"):
+        if not isinstance(config.get(name, ""), str | None):
+            raise folders.damaged(path, f"Its {name} is {config[name]!r}.")
     return config
 
 
