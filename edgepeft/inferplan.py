@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from edgepeft import anatomy, backbone, hardware, recipe, roofline, tasks
-from edgepeft.errors import UsageError, nearest
+from edgepeft.errors import UsageError
 from edgepeft.export.packing import BLOCK
 from edgepeft.export.quantize import BITS, PROTECTED, SMALLEST
 from edgepeft.hardware import Hardware
@@ -103,8 +103,6 @@ def plan_model(
     Raises:
         UsageError: an unknown task, or a context longer than the model's positions.
     """
-    if task is not None and task not in tasks.TASKS:
-        raise UsageError(f"There is no task {task!r}.", "", nearest(task, tasks.TASKS))
     config = backbone.config(source, trust_remote_code=trust_remote_code)
     most = backbone.positions(config)
     if tokens is not None and most is not None and tokens > most:
