@@ -255,7 +255,11 @@ def _activation_bytes(model: Any, task: str, tokens: int) -> int:
     A decoder reads a prompt in pieces, each against all that came before; an encoder reads all at once, and makes no
     logits of tokens.
     """
-    widest = max(each.tensor.shape[0] for each in _weights(model) if each.kind == "linear")
+    head = model.get_output_embeddings()  # where it is not tied it is linear too; what it makes are the logits
+    own = [
+        each for each in _weights(model) if each.kind == "linear" and (head is None or each.tensor is not head.weight)
+    ]
+    widest = max(each.tensor.shape[0] for each in own)
     heads = int(model.config.num_attention_heads)
     read = min(tokens, PREFILL_TOKENS) if task == "causal-lm" else tokens
     logits = read * model.config.vocab_size if task == "causal-lm" else 0
