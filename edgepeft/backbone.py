@@ -17,17 +17,11 @@ from torch import Tensor, nn
 from edgepeft import admission, anatomy, attending, catalog, heap, precision
 from edgepeft.catalog import fields
 from edgepeft.errors import EdgePeftError, UsageError, beside, nearest, said
+from edgepeft.tasks import LOADERS as _LOADERS
 from edgepeft.tasks import check, default_task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-
-_LOADERS = {
-    "classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-}
-
 
 Packing = Callable[[nn.Linear, str, frozenset[str]], precision.StoredLinear]
 

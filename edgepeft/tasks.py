@@ -10,7 +10,12 @@ from edgepeft.errors import UsageError, nearest
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-TASKS = ("classification", "causal-lm", "seq2seq")
+LOADERS = {  # the class of transformers that loads a model for it
+    "classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+TASKS = tuple(LOADERS)
 _OPTIMUM_TASKS = dict(zip(("text-classification", "text-generation", "text2text-generation"), TASKS, strict=True))
 
 

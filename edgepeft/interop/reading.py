@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from edgepeft import adapter, backbone, tasks
+from edgepeft import adapter, backbone, peft_config, tasks
 from edgepeft.anatomy import ROLES
 from edgepeft.backbone import Backbone
 from edgepeft.errors import UsageError, said
@@ -36,14 +36,14 @@ def read(folder: Path, target: Path, model: str | None = None) -> tuple[str, ...
         UsageError: it is of a kind, or has a setting, that edgepeft does not translate.
         EdgePeftError: a file is missing or damaged, or the adapter is none of the backbone.
     """
-    config = _config(folder / folders.CONFIG)
+    config = _config(folder / peft_config.FILE)
     name = _method(config)
     form = folders.FORMS[name]
     settings.check(config, (*form.understood, *(["revision"] if model else [])))
     model = model or config.get("base_model_name_or_path")
     if not model:
         raise UsageError(f"{folder} names no backbone.", "base_model_name_or_path is empty.", "Name it: --model MODEL.")
-    stored = folders.tensors(folder / folders.WEIGHTS)
+    stored = folders.tensors(folder / peft_config.WEIGHTS)
     given = {key.removeprefix(folders.prefix(form)): tensor.float() for key, tensor in stored.items()}
     task = _task(config, model)
     made = structure.of(model, task, given)
@@ -54,7 +54,7 @@ def read(folder: Path, target: Path, model: str | None = None) -> tuple[str, ...
         found = form.read(config, own, made)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, re.error) as error:
         cause = f"It does not describe the tensors beside it: {said(error)}."
-        raise folders.damaged(folder / folders.CONFIG, cause) from error
+        raise folders.damaged(folder / peft_config.FILE, cause) from error
     options = found.options
     if "targets" in {field.name for field in dataclasses.fields(base.find(name))}:
         options = {**options, "targets": structure.roles(layers.keys(), made)}
@@ -113,7 +113,7 @@ def _task(config: Mapping[str, Any], model: str) -> str:
     named = config.get("task_type")
     if named is None:
         return tasks.default_task(backbone.config(backbone.resolve(model)))
-    ours = {theirs: task for task, theirs in folders.TASKS.items()}
+    ours = {theirs: task for task, theirs in peft_config.TASKS.items()}
     if named not in ours:
         raise UsageError(
             f"A PEFT adapter for {named} cannot be read.",

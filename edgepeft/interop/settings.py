@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from edgepeft.errors import UsageError
+from edgepeft.peft_config import FILE
 
 REMEDY = "Merge it with PEFT (merge_and_unload), and give edgepeft the merged model."
 
@@ -50,7 +51,7 @@ def check(config: Mapping[str, Any], understood: Collection[str]) -> None:
             raise UsageError(
                 f"A PEFT adapter with {name} = {value!r} cannot be read.",
                 f"It must be {expected}.",
-                "Correct it in adapter_config.json, or save the adapter again.",
+                f"Correct it in {FILE}, or save the adapter again.",
             )
 
 
