@@ -358,14 +358,15 @@ def _quietly() -> Iterator[None]:
     """transformers reports a new classifier head at length; edgepeft trains it, so there is nothing to warn of."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
-        logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -336,6 +336,19 @@ def test_sizes_that_no_model_has_are_refused_by_name(damaged: Path, field: str, 
     assert f"{field} is {value}" in caught.value.cause
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_bars_are_as_they_were_after_loading(shown: bool) -> None:
+    logging = transformers.utils.logging
+    before = logging.is_progress_bar_enabled()
+    switch = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
+    switch[shown]()
+    try:
+        tiny.load("bert")
+        assert logging.is_progress_bar_enabled() == shown
+    finally:
+        switch[before]()
+
+
 def test_a_roberta_without_a_padding_token_is_refused(tmp_path: Path) -> None:
     """transformers builds it, and fails in its first step."""
     config = transformers.RobertaConfig(
