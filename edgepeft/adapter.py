@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from edgepeft import __version__, foreign, shards
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.files import atomic_directory, write_json
+from edgepeft.methods import base
 from edgepeft.methods.base import Method, state
 from edgepeft.placements import stored
 from edgepeft.placements.selection import canonical
@@ -100,6 +101,24 @@ def read_card(directory: Path) -> Card:
         )
     labels = values.pop("labels")
     return Card(labels=None if labels is None else tuple(labels), **values)
+
+
+def check_ours(card: Card) -> None:
+    """Refuse an adapter of a method from elsewhere, before the method is looked for: a dotted path is a module to run.
+
+    For adapters that come without a recipe; a run's own names what its user chose.
+
+    Raises:
+        UsageError: see above.
+    """
+    if card.method in base.names():
+        return
+    raise UsageError(
+        f"The adapter's method, {card.method!r}, does not come with edgepeft.",
+        f"To use it would be to run code because a file that came with the adapter, {CARD}, names it.",
+        "`edgepeft methods` lists those that come with edgepeft. If the method is your own, merge and export the run "
+        "that trained the adapter: edgepeft merge RUN, edgepeft export RUN.",
+    )
 
 
 _LATER = ("edgepeft", "version", "weights")  # not in the first cards
@@ -204,14 +223,14 @@ def copy_into(parameters: dict[str, Tensor], tensors: dict[str, Tensor], where: 
         UsageError: names or shapes differ.
     """
     missing = sorted(parameters.keys() - tensors.keys())
-    foreign = sorted(tensors.keys() - parameters.keys())
+    unknown = sorted(tensors.keys() - parameters.keys())
     shapes = sorted(
         name
         for name in parameters.keys() & tensors.keys()
         if tuple(parameters[name].shape) != tuple(tensors[name].shape)
     )
-    if missing or foreign or shapes:
-        problems = (("missing", missing), ("not in the model", foreign), ("of another shape", shapes))
+    if missing or unknown or shapes:
+        problems = (("missing", missing), ("not in the model", unknown), ("of another shape", shapes))
         raise UsageError(
             f"The adapter in {where} does not belong to this model.",
             "; ".join(f"{len(names)} tensors {what}, such as {names[0]}" for what, names in problems if names) + ".",

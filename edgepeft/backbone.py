@@ -17,17 +17,11 @@ from torch import Tensor, nn
 from edgepeft import admission, anatomy, attending, catalog, heap, precision
 from edgepeft.catalog import fields
 from edgepeft.errors import EdgePeftError, UsageError, beside, nearest, said
+from edgepeft.tasks import LOADERS as _LOADERS
 from edgepeft.tasks import check, default_task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-
-_LOADERS = {
-    "classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-}
-
 
 Packing = Callable[[nn.Linear, str, frozenset[str]], precision.StoredLinear]
 
@@ -364,14 +358,15 @@ def _quietly() -> Iterator[None]:
     """transformers reports a new classifier head at length; edgepeft trains it, so there is nothing to warn of."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
-        logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -13,9 +13,8 @@ from edgepeft.data.recognise import Misfit
 from edgepeft.errors import UsageError
 from edgepeft.files import atomic_directory
 from edgepeft.fingerprints import fingerprint
-from edgepeft.interop.folder import CONFIG
 from edgepeft.methods import base
-from edgepeft.peft_config import PREFIX
+from edgepeft.peft_config import FILE, PREFIX
 from edgepeft.recipe import Recipe
 from edgepeft.workspace import Workspace
 
@@ -41,7 +40,7 @@ def begin(source: Path, out: Path, *, data: str, model: str | None = None) -> tu
     with atomic_directory(out) as folder:
         space = Workspace(folder)
         notes: tuple[str, ...] = ()
-        if (source / CONFIG).exists() and not (source / adapter.TENSORS).exists():
+        if (source / FILE).exists() and not (source / adapter.TENSORS).exists():
             notes = interop.convert(source, space.adapter, model)
         else:
             if not (source / adapter.CARD).exists():
@@ -57,6 +56,7 @@ def begin(source: Path, out: Path, *, data: str, model: str | None = None) -> tu
                 "They are made again from its run's recipe, which names their configuration.",
                 "Merge and export the run itself: edgepeft merge RUN, edgepeft export RUN.",
             )
+        adapter.check_ours(card)
         adapter.check(space.adapter, base.create(card.method, card.options), card.model)
         _check_data(data, card.task)
         chosen = Recipe(

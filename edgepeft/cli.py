@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgepeft import flags, plancommand
-from edgepeft.errors import EdgePeftError, UsageError
+from edgepeft.errors import EdgePeftError, UsageError, said
 
 if TYPE_CHECKING:
     from edgepeft.ledger import Row
@@ -260,7 +260,11 @@ def main() -> None:
         sys.exit(error.exit_code)
     except OSError as error:
         sys.stdout.flush()
-        print(f"{error.filename or error} cannot be used.\n{error.strerror}.\nChoose another path.", file=sys.stderr)
+        where, remedy = (
+            (error.filename, "Choose another path.") if error.filename else ("A file", "Check disk and network.")
+        )
+        cause = (error.strerror or said(error)).rstrip(".")  # one that a library raised may have a text alone
+        print(f"{where} cannot be used.\n{cause}.\n{remedy}", file=sys.stderr)
         sys.exit(EdgePeftError.exit_code)
 
 

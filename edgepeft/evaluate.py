@@ -17,8 +17,6 @@ from edgepeft.step import Batch, answer_states, inputs, targets
 if TYPE_CHECKING:  # plans, which evaluate too, do not wait for the libraries of data
     from edgepeft.data import Data
 
-PRIMARY = {"classification": "accuracy", "causal-lm": "loss", "seq2seq": "loss"}
-
 
 def better(task: str, metrics: dict[str, float], best: dict[str, float] | None) -> bool:
     """Whether ``metrics`` beats ``best`` by the task's first metric; classifiers with equal accuracy by their loss."""

@@ -14,7 +14,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from edgepeft import resident
-from edgepeft.files import write_text
+from edgepeft.files import refusing_full_disk, write_text
 
 
 class EventLog:
@@ -29,6 +29,7 @@ class EventLog:
         self._file = None
         if path is None:
             return
+        self._path = path
         kept = [] if resumed_at is None else [event for event in read(path) if event.get("step", 0) <= resumed_at]
         write_text(path, "".join(json.dumps(event) + "\n" for event in kept if event["event"] != "end"))
         self._file = path.open("a", encoding="utf-8")
@@ -37,13 +38,15 @@ class EventLog:
         """Append an event."""
         if self._file is not None:
             line = json.dumps({"event": event, "step": step, "time": round(time.time(), 3), **details})
-            self._file.write(line + "\n")
-            self._file.flush()
+            with refusing_full_disk(self._path):
+                self._file.write(line + "\n")
+                self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with refusing_full_disk(self._path):  # what could not be written is tried again
+                self._file.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

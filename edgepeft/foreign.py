@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 _WRAPPER, _SHARED = "foreign_wrapper", "foreign_shared"  # attributes of a model
 _ENCODER = "prompt_encoder"
 ADAPTER = "default"  # what PEFT calls a model's adapter when there is one
-WEIGHTS = "adapter_model.safetensors"
 _HEADS = {"classifier", "score"}  # PEFT writes both into a classifier's configuration, whichever it has
 # What these bring to the layers is gone when activations are computed again.
 _NOT_RECOMPUTED = {
@@ -204,7 +203,8 @@ def write(folder: Path, model: nn.Module, name: str) -> None:
     if getattr(config, "bias", "none") == "all":
         whole = [module for module in whole if f"{module}.weight" in trained]
     found |= {f"{prefix}{n}": state[f"{prefix}{n}"] for n in trained if n.rpartition(".")[0] in whole}
-    save_file({n: t.cpu().contiguous().clone() for n, t in found.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    found = {n: t.cpu().contiguous().clone() for n, t in found.items()}
+    save_file(found, folder / peft_config.WEIGHTS, metadata={"format": "pt"})
     said = {"base_model_name_or_path": name, "inference_mode": True, **({"modules_to_save": whole} if whole else {})}
     before = {field: getattr(config, field, None) for field in said}
     vars(config).update(said)

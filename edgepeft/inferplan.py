@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from edgepeft import anatomy, backbone, hardware, recipe, roofline, tasks
-from edgepeft.errors import UsageError, nearest
+from edgepeft.errors import UsageError
 from edgepeft.export.packing import BLOCK
 from edgepeft.export.quantize import BITS, PROTECTED, SMALLEST
 from edgepeft.hardware import Hardware
@@ -103,8 +103,6 @@ def plan_model(
     Raises:
         UsageError: an unknown task, or a context longer than the model's positions.
     """
-    if task is not None and task not in tasks.TASKS:
-        raise UsageError(f"There is no task {task!r}.", "", nearest(task, tasks.TASKS))
     config = backbone.config(source, trust_remote_code=trust_remote_code)
     most = backbone.positions(config)
     if tokens is not None and most is not None and tokens > most:
@@ -260,7 +258,11 @@ def _activation_bytes(model: Any, task: str, tokens: int) -> int:
     A decoder reads a prompt in pieces, each against all that came before; an encoder reads all at once, and makes no
     logits of tokens.
     """
-    widest = max(each.tensor.shape[0] for each in _weights(model) if each.kind == "linear")
+    head = model.get_output_embeddings()  # where it is not tied it is linear too; what it makes are the logits
+    own = [
+        each for each in _weights(model) if each.kind == "linear" and (head is None or each.tensor is not head.weight)
+    ]
+    widest = max(each.tensor.shape[0] for each in own)
     heads = int(model.config.num_attention_heads)
     read = min(tokens, PREFILL_TOKENS) if task == "causal-lm" else tokens
     logits = read * model.config.vocab_size if task == "causal-lm" else 0

@@ -101,8 +101,8 @@ def measure_model(
     """What ``edgepeft measure`` does.
 
     Raises:
-        UsageError: an unknown name, a sequence the model cannot read, or a method that refuses the precision or the
-            optimizer.
+        UsageError: an unknown name, a sequence the model cannot read, or a method that refuses the precision, the
+            optimizer or checkpointing.
         EdgePeftError: it would not fit.
     """
     at = precision_ or base.implied_precision(method) or ("bf16" if hardware.bf16 else "fp32")
@@ -110,6 +110,8 @@ def measure_model(
     chosen = base.create(method, options)
     chosen.check(at)
     chosen.check_optimizer(optimizer)
+    if checkpointing:
+        chosen.check_checkpointing()
     if optimizer == EIGHT_BIT:
         eight_bit.check(hardware.kind)
     config = backbone.config(source)

@@ -16,7 +16,7 @@ from typing import Any
 from edgepeft.errors import UsageError, nearest
 
 PREFIX = "peft:"
-FILE = "adapter_config.json"  # as PEFT's save_pretrained names it
+FILE, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT's save_pretrained names them
 TASKS = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
 _REMEDY = "Give an adapter_config.json as PEFT's save_pretrained writes it."
 

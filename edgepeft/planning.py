@@ -18,10 +18,10 @@ from edgepeft.peft_config import path_of
 from edgepeft.plan import PREFERRED, GiB, Plan, plan
 from edgepeft.recipe import PRECISIONS, Recipe
 from edgepeft.surface import OPTIMIZERS
+from edgepeft.tasks import TASKS
 
 DEFAULT_TOKENS, DEFAULT_TARGET_TOKENS, DEFAULT_GLOBAL_BATCH = traces.TOKENS, traces.TARGET_TOKENS, 16
 DEFAULT_EPOCHS = 1.0
-TASKS = ("classification", "causal-lm", "seq2seq")
 OBJECTIVES = ("quality", "memory", "speed")
 ALL = "all"
 MOST_EXAMPLES = 10**12

@@ -12,10 +12,9 @@ from edgepeft import evidence
 from edgepeft.candidate import LARGEST_MICROBATCH, Candidate
 from edgepeft.plan import GiB, Plan
 from edgepeft.report import markup
-from edgepeft.surface import ADAMW
+from edgepeft.surface import ADAMW, KINDS
 
 WIDE = 208  # columns of a plan; narrower, its numbers would be cut
-_KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "temporaries")
 _screen = Console()
 
 
@@ -94,7 +93,7 @@ def narrow(found: Plan, title: str) -> Table:
     for number, each in enumerate(found.candidates):
         again = "+" * each.checkpointing + f" {each.strategy}" * bool(each.strategy)
         kinds = [
-            f"{kind} {each.bytes.get(kind, 0) / GiB:.2f}" for kind in _KINDS if each.bytes.get(kind, 0) >= GiB / 200
+            f"{kind} {each.bytes.get(kind, 0) / GiB:.2f}" for kind in KINDS if each.bytes.get(kind, 0) >= GiB / 200
         ]
         table.add_row(
             _verdict(found, number).replace(" ", "\n"),
@@ -132,7 +131,7 @@ def _wide(found: Plan, title: str) -> Table:
     for column in timed:
         table.add_column(column, justify="right")
     for number, each in enumerate(found.candidates):
-        sizes = [each.process_bytes, each.peak_bytes, *(each.bytes.get(kind, 0) for kind in _KINDS)]
+        sizes = [each.process_bytes, each.peak_bytes, *(each.bytes.get(kind, 0) for kind in KINDS)]
         table.add_row(
             _verdict(found, number),
             escape(_named(each)),
@@ -185,15 +184,15 @@ def markdown(found: Plan) -> str:
     lines = [
         f"{found.model} on {found.machine}, {free:.1f} GiB free. GiB at the peak: {_meant(found)}",
         "",
-        f"| verdict | method | precision | checkpointed | microbatch | {_held(found)} | tensors | {' | '.join(_KINDS)} "
+        f"| verdict | method | precision | checkpointed | microbatch | {_held(found)} | tensors | {' | '.join(KINDS)} "
         "| peak in | estimated s/update | tokens/s | hours |",
-        f"|---|---|---|---|--:|--:|--:|{'--:|' * len(_KINDS)}---|--:|--:|--:|",
+        f"|---|---|---|---|--:|--:|--:|{'--:|' * len(KINDS)}---|--:|--:|--:|",
     ]
     for number, each in enumerate(found.candidates):
         cells = [each.verdict + (" (choice)" if number == found.choice else ""), _named(each), each.precision]
         cells[1] += f" ({each.strategy})" if each.strategy else ""
         cells += ["yes" if each.checkpointing else "", str(each.microbatch)]
-        sizes = [each.process_bytes, each.peak_bytes, *(each.bytes.get(kind, 0) for kind in _KINDS)]
+        sizes = [each.process_bytes, each.peak_bytes, *(each.bytes.get(kind, 0) for kind in KINDS)]
         cells += [*(f"{size / GiB:.2f}" for size in sizes), each.phase, *_times(found, each)]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", found.times]

@@ -44,11 +44,12 @@ class RecallingMode(FakeTensorMode):
         if signature is not None and signature not in _never:
             changed = describe(func, args, kwargs)[0] != signature  # an input was given another shape in place
             answer = None if changed else self._learn(func, tensors, result)
+            if len(_known) + len(_never) >= LARGEST:
+                _known.clear()
+                _never.clear()
             if answer is None:
                 _never.add(signature)
             else:
-                if len(_known) >= LARGEST:
-                    _known.clear()
                 _known[signature] = answer
         return result
 

@@ -49,11 +49,6 @@ def loss_of(model: Any, batch: Batch, found: Tensor) -> Tensor:
     return linear_cross_entropy(found, head.weight, head.bias, batch["target_ids"], softcap)
 
 
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy in nats, summed over the batch's targets."""
-    return loss_of(model, batch, outputs(model, batch))
-
-
 def answer_states(model: nn.Module, batch: Batch) -> Tensor:
     """The states (answers, hidden) from which the head predicts the batch's answer tokens."""
     with _without_head(model):

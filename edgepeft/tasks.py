@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from edgepeft.errors import UsageError
+from edgepeft.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-TASKS = ("classification", "causal-lm", "seq2seq")
+LOADERS = {  # the class of transformers that loads a model for it
+    "classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+TASKS = tuple(LOADERS)
 _OPTIMUM_TASKS = dict(zip(("text-classification", "text-generation", "text2text-generation"), TASKS, strict=True))
 
 
@@ -39,11 +44,13 @@ def default_task(configuration: PretrainedConfig) -> str:
 
 
 def check(configuration: PretrainedConfig, task: str) -> None:
-    """Refuse a task that models of this architecture are not trained for, and say how the data would do.
+    """Refuse an unknown task, and one that models of this architecture are not trained for; say how the data would do.
 
     Raises:
         UsageError: see there.
     """
+    if task not in TASKS:
+        raise UsageError(f"There is no task {task!r}.", "", nearest(task, TASKS))
     refused = _REFUSED.get((default_task(configuration), task))
     if refused is None or getattr(configuration, "is_decoder", False):  # an encoder may be set up to decode
         return

@@ -22,9 +22,8 @@ from edgepeft import cuda_semantics
 from edgepeft.placements import eight_bit
 from edgepeft.recall import RecallingMode, describe
 from edgepeft.roofline import Work
+from edgepeft.surface import KINDS
 from edgepeft.work import Tally
-
-KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "temporaries")
 
 
 @dataclass(frozen=True)

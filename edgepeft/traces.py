@@ -129,8 +129,7 @@ def units(configuration: Configuration) -> tuple[Unit, ...]:
     from edgepeft import units as counting  # loads torch
 
     found = counting.of(configuration)
-    with contextlib.suppress(OSError):
-        write_json(path, [unit.plain() for unit in found])
+    _keep(path, [unit.plain() for unit in found])
     return found
 
 
@@ -289,9 +288,14 @@ def _kept(
         if isinstance(found, EdgePeftError):
             yield found
             continue
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-            write_json(_path(configuration), found.plain())
+        _keep(_path(configuration), found.plain())
         yield surface.read(found.plain())
+
+
+def _keep(path: Path, plain: Any) -> None:
+    """Write to the cache; one that cannot be written, or whose disk is full, costs time, nothing else."""
+    with contextlib.suppress(OSError, EdgePeftError):
+        write_json(path, plain)
 
 
 def _surfaces(wanted: Sequence[Configuration]) -> Sequence[Surface | EdgePeftError]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from edgepeft.recall import LARGEST
 from edgepeft.roofline import Work
 
 THIN = 64
@@ -66,6 +67,8 @@ class Tally:
         if call is None:
             call = _call(operator, args, kwargs, result)
             if signature is not None:
+                if len(_calls) >= LARGEST:
+                    _calls.clear()
                 _calls[signature] = call
         self._seen[call, bool(_growing)] += 1
 

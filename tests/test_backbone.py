@@ -336,6 +336,30 @@ def test_sizes_that_no_model_has_are_refused_by_name(damaged: Path, field: str, 
     assert f"{field} is {value}" in caught.value.cause
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_bars_are_as_they_were_after_loading(shown: bool) -> None:
+    logging = transformers.utils.logging
+    before = logging.is_progress_bar_enabled()
+    switch = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
+    switch[shown]()
+    try:
+        tiny.load("bert")
+        assert logging.is_progress_bar_enabled() == shown
+    finally:
+        switch[before]()
+
+
+def test_a_roberta_without_a_padding_token_is_refused(tmp_path: Path) -> None:
+    """transformers builds it, and fails in its first step."""
+    config = transformers.RobertaConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=12
+    )
+    (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "pad_token_id": None}))
+    with pytest.raises(UsageError, match="describes no model") as caught:
+        backbone.config(backbone.resolve(str(tmp_path)))
+    assert "pad_token_id is None" in caught.value.cause
+
+
 @pytest.mark.parametrize(
     ("kind", "reads", "instead"),
     [

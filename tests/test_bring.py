@@ -102,7 +102,7 @@ def test_data_of_another_task_is_refused_with_what_the_adapter_needs(
     [
         ({}, ("--data", "nowhere.jsonl"), "There is no file or folder nowhere.jsonl."),
         ({"task": "seq2seq"}, (), "The data does not fit the task seq2seq."),
-        ({"method": "lorax"}, (), "There is no method 'lorax'."),
+        ({"method": "lorax"}, (), "The adapter's method, 'lorax', does not come with edgepeft."),
         ({"options": {"spectral": True}}, (), "lora has no option 'spectral'."),
         ({}, ("--model", "gpt2"), "--model goes with an adapter of PEFT's."),
     ],
@@ -119,3 +119,19 @@ def test_what_could_not_be_merged_is_refused_at_once(
     refused = edgepeft("adapter", folder, tmp_path / "run", *data, *arguments).exception
     assert isinstance(refused, UsageError) and refused.fact == told and refused.remedy
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_a_card_runs_no_code(data: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dotted paths are found in the current folder, where people unpack what they downloaded."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "payload"
+    tuned, method = tiny.adapted("llama", "lora")
+    card = adapter.card(method, model="m", task="causal-lm", precision="fp32", labels=None, seed=0)
+    adapter.save(folder, tuned.model, dataclasses.replace(card, method="payload.evil"))
+    (folder / "evil.py").write_text("from pathlib import Path\nPath('was-run').touch()\n", encoding="utf-8")
+    more = ("--data", training.source("causal-lm") / "data.jsonl") if data else ()
+    refused = edgepeft("adapter", folder, tmp_path / "new", *more).exception
+    assert not (tmp_path / "was-run").exists()
+    assert isinstance(refused, UsageError) and "'payload.evil', does not come with edgepeft" in str(refused)
+    assert not (tmp_path / "new").exists()

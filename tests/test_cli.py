@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edgepeft import __version__
+from edgepeft import __version__, cli
 
 ROOT = Path(__file__).parents[1]
 MINILM, DATA = ROOT / "models" / "minilm-l6", ROOT / "data" / "sentiment"
@@ -128,6 +128,29 @@ def test_plan_exits_with_1_when_nothing_fits(tmp_path: Path) -> None:
     assert found.returncode == 1 and answer["choice"] is None
     assert {"hardware"} in [way["change"].keys() for way in answer["alternatives"]]
     assert all(way["text"] and way["least_bytes"] > 0 for way in answer["alternatives"])
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            PermissionError(13, "Permission denied", "/out"),
+            "/out cannot be used.\nPermission denied.\nChoose another path.",
+        ),
+        (OSError("The file is corrupt."), "A file cannot be used.\nThe file is corrupt.\nCheck disk and network."),
+        (OSError(5, "Input/output error"), "A file cannot be used.\nInput/output error.\nCheck disk and network."),
+    ],
+)
+def test_what_the_system_refuses_is_told(
+    error: OSError, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.strip() == told
 
 
 def test_the_version_is_told() -> None:

@@ -178,19 +178,29 @@ def sample(tmp_path: Path, tokenizer: Any, count: int = 60, **options: Any) -> D
 @pytest.mark.parametrize(
     ("task", "make"), [("classification", word_piece), ("seq2seq", unigram), ("causal-lm", byte_level)]
 )
-def test_no_microbatch_is_larger_than_the_longest(tmp_path: Path, task: str, make: Any) -> None:
+def test_the_microbatch_of_most_tokens_is_the_one_that_is_moved(tmp_path: Path, task: str, make: Any) -> None:
     train = sample(tmp_path, make(), task=task).train
     for size in (1, 4):
-        longest = train.longest(size)
-        assert len(longest["input_ids"]) == size
-        batches = [
-            train.collate(batch) for epoch in range(3) for batch in train.microbatches(size, seed=0, epoch=epoch)
+        collated = [train.collate(batch) for batch in train.microbatches(size, seed=0, epoch=0, longest_at=(0,))]
+        tokens = [
+            sum(batch[name].numel() for name in ("input_ids", "decoder_input_ids") if name in batch)
+            for batch in collated
         ]
-        if task != "seq2seq":
-            assert longest["input_ids"].numel() == max(batch["input_ids"].numel() for batch in batches)
-        else:
-            total = [batch["input_ids"].numel() + batch["decoder_input_ids"].numel() for batch in batches]
-            assert longest["input_ids"].numel() + longest["decoder_input_ids"].numel() >= max(total)
+        assert tokens[0] == max(tokens)
+
+
+def test_a_long_target_of_a_short_input_is_met_at_once(tmp_path: Path) -> None:
+    rows = [{"input": "fox " * (1 + i % 9), "target": "dog"} for i in range(60)]
+    rows[37]["target"] = "the fox " * 40
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "validation.jsonl").write_text(json.dumps({"input": "fox", "target": "dog"}), encoding="utf-8")
+    train = load(str(tmp_path), tokenizer=unigram(), cache=tmp_path / "cache", max_tokens=64).train
+    for seed in range(5):
+        first, *others = train.microbatches(4, seed=seed, epoch=0, longest_at=(0,))
+        rest = sum(others, [])
+        assert 37 in first and sorted([*first, *rest]) == list(range(60))
+        beside = [i for i in first if i != 37]  # grouped by all that is read: it stands with the longest inputs
+        assert train.lengths[beside].min() >= train.lengths[rest].max() > train.lengths[37]
 
 
 def test_second_load_reads_what_the_first_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_prompt_tokens_are_those_of_inference(tmp_path: Path, bos: bool) -> None
         assert example.prompt_ids[:1] == [tokenizer.bos_token_id] or not bos
         assert tokenizer.decode(example.target_ids) == completion + "<|im_end|>"
         assert (example.fields["prompt"], example.reference) == (prompt, completion)
-    assert (data.train.truncated, data.train.dropped) == (0, 0)
+    assert (data.train.truncated, data.train.dropped) == (0, 0) and "left out" not in data.described(16)
 
 
 def test_a_closing_token_of_the_tokenizer_does_not_end_the_prompt(tmp_path: Path) -> None:
@@ -221,6 +221,7 @@ def test_example_with_nothing_to_learn_is_dropped_and_counted(tmp_path: Path) ->
     rows = [{"text": "The fox"}, {"text": "<|im_end|>"}, {"text": "the dog"}]
     data = loaded(tmp_path, byte_level(), rows, task="causal-lm")
     assert (len(data.train), data.train.dropped) == (2, 1)
+    assert "; 1 of train and 1 of validation left out, as no token was left to learn" in data.described(16)
     assert [e.reference for e in data.train.examples([0, 1])] == ["The fox", "the dog"]
 
 

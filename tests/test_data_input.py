@@ -15,6 +15,7 @@ from tiny_tokenizers import CHATML, byte_level, unigram, word_piece
 
 from edgepeft.data import Data, load
 from edgepeft.data.read import rows
+from edgepeft.data.source import sources
 from edgepeft.errors import UsageError
 
 REVIEWS = [{"text": f"film {i} is {'wonderful' if i % 2 else 'terrible'}", "label": "ny"[i % 2]} for i in range(20)]
@@ -156,6 +157,34 @@ def test_hub_data_set_with_named_classes(tmp_path: Path, monkeypatch: pytest.Mon
     example = data.train.examples([0])[0]
     assert example.where.startswith("someone/films (train), row ")
     assert example.reference == ("bad", "good")[int(example.fields["text"].split()[1]) % 2]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize(
+    ("endings", "refused"),
+    [
+        ((".jsonl", ".csv"), True),
+        ((".jsonl", ".orig.jsonl"), True),
+        (("-old.jsonl",), False),
+        (("-00000-of-00002.jsonl", "-00001-of-00002.jsonl"), False),
+        (("-00000-of-00002-0a1b.jsonl", "-00001-of-00002-2c3d.jsonl"), False),
+        (("-00000-of-00002.jsonl", "-00000-of-00002.csv"), True),
+        (("-00000-of-00002.jsonl", "-00001-of-00003.jsonl"), True),
+        (("-00000-of-00001.jsonl", ".jsonl"), True),
+    ],
+)
+def test_files_of_a_folder_are_the_parts_of_one_set(
+    split: str, endings: tuple[str, ...], refused: bool, tmp_path: Path
+) -> None:
+    for name in (*(f"{split}{ending}" for ending in endings), "validation.tsv" if split == "train" else "train.tsv"):
+        (tmp_path / name).touch()
+    if not refused:
+        found = dict(zip(("train", "validation"), sources(str(tmp_path), None), strict=True))[split]
+        assert found is not None and len(found.key) == len(endings)
+        return
+    with pytest.raises(UsageError, match=f"more than one {split} file: ") as caught:
+        sources(str(tmp_path), None)
+    assert all(f"{split}{ending}" in caught.value.fact for ending in endings) and caught.value.remedy
 
 
 def test_folder_with_splits(tmp_path: Path) -> None:

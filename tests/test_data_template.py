@@ -13,7 +13,6 @@ from tiny_tokenizers import CHATML, byte_level
 from edgepeft.chat import end_of_turn, render, turns
 from edgepeft.data.template import extract
 from edgepeft.errors import EdgePeftError, UsageError
-from edgepeft.runtime.template import render as render_on_device
 
 # The families of the catalogue, each in the fewest words that keep what is peculiar to it.
 LLAMA = (
@@ -66,7 +65,7 @@ def test_extracted_template_renders_as_the_tokenizer_does(family: str) -> None:
     for trial in range(60):
         chat = random_chat(rng, system=family in WITH_SYSTEM and trial % 2 == 0)
         expected = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        assert render_on_device(template, chat) == expected
+        assert render(template, chat) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from edgepeft import events
+from edgepeft.errors import EdgePeftError
 
 
 def steps(path: Path) -> list[tuple[str, int]]:
@@ -62,6 +64,16 @@ def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
     log.write("step", 2)
     log.close()
     assert steps(path) == [("step", 1), ("step", 2)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_said_to_be_full(tmp_path: Path) -> None:
+    log = events.EventLog(tmp_path / "events.jsonl")
+    log.close()
+    log._file = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
+    for write in (lambda: log.write("step", 1), log.close):
+        with pytest.raises(EdgePeftError, match=r"The disk is full: .*events\.jsonl"):
+            write()
 
 
 def test_no_log_no_events(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from edgepeft import step
 from edgepeft.anatomy import FEED_FORWARD
 from edgepeft.errors import UsageError
 from edgepeft.methods import base
@@ -58,8 +57,8 @@ def test_nodes_are_trained_as_rows_of_a_dense_layer_are(family: str) -> None:
     optimizer = last.optimizer(made.model, RATE, 0.0)
     dense = torch.optim.AdamW([*trained, *(p for p, _ in masks)], lr=RATE, weight_decay=0.0)
     for batch in batches:
-        step.loss_sum(made.model, batch).backward()
-        step.loss_sum(plain.model, batch).backward()
+        tiny.loss_sum(made.model, batch).backward()
+        tiny.loss_sum(plain.model, batch).backward()
         for parameter, mask in masks:
             assert parameter.grad is not None
             parameter.grad.mul_(mask)

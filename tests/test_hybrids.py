@@ -11,7 +11,7 @@ import torch
 from conformance import randomised
 from torch import nn
 
-from edgepeft import adapter, backbone, step
+from edgepeft import adapter, backbone
 from edgepeft.backbone import Backbone
 from edgepeft.evaluate import sample_logits
 from edgepeft.methods import base, s4, unipelt
@@ -178,7 +178,7 @@ def test_all_groups_of_s4_learn_and_come_back_the_same(family: str) -> None:
     before, optimizer = logits(made.model, family), tiny.method("s4").optimizer(made.model.train(), 1e-2, 0.0)
     for _ in range(2):  # a low-rank change's first factor has a gradient once the second is not zero
         optimizer.zero_grad()
-        step.loss_sum(made.model, tiny.batch(family)).backward()
+        tiny.loss_sum(made.model, tiny.batch(family)).backward()
         assert all(parameter.grad is not None for parameter in trained(made.model).values())
         optimizer.step()
     low_rank = [p.grad for name, p in trained(made.model).items() if ".delta." in name]

@@ -71,6 +71,15 @@ def test_a_long_context_is_read_in_pieces() -> None:
     assert found.fits
 
 
+@pytest.mark.parametrize(("family", "task"), [("llama", "causal-lm"), ("t5", "seq2seq")])
+def test_a_head_of_its_own_is_no_layer_whose_states_are_held(family: str, task: str) -> None:
+    models: list[Any] = [tiny.model(family, vocab_size=4096, tie_word_embeddings=tied) for tied in (True, False)]
+    words, width = models[1].get_output_embeddings().weight.shape
+    models[1].set_output_embeddings(torch.nn.Linear(width, words, bias=False))
+    tied, untied = (inferplan._activation_bytes(model, task, 32) for model in models)
+    assert tied == untied
+
+
 def test_when_nothing_fits_what_would_is_named() -> None:
     """Among what runs device folders: a GPU in a computer has as much memory, and does not."""
     failed = planned("gemma-7b", "raspberry-pi-5-8gb")

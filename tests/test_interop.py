@@ -23,9 +23,11 @@ from typer.testing import CliRunner
 from edgepeft import adapter, backbone, cli, interop
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.evaluate import sample_logits
-from edgepeft.interop.folder import CONFIG, FORMS, WEIGHTS
+from edgepeft.interop.folder import FORMS
 from edgepeft.merge import relative_difference
 from edgepeft.methods import base
+from edgepeft.peft_config import FILE as CONFIG
+from edgepeft.peft_config import WEIGHTS
 from edgepeft.placements.kronecker import split
 from edgepeft.step import inputs
 

@@ -106,7 +106,7 @@ def test_half_precision_keeps_its_factors_in_full_and_its_activations_in_half(bf
             made.model.get_submodule(name).register_forward_hook(
                 lambda module, inputs, output: seen.add((inputs[0].dtype, output.dtype))
             )
-        step.loss_sum(made.model, tiny.batch("llama"))
+        tiny.loss_sum(made.model, tiny.batch("llama"))
     assert seen == {(torch.bfloat16, torch.bfloat16)}
 
 

@@ -64,7 +64,7 @@ def test_nothing_goes_back_through_the_backbone(family: str, at: str) -> None:
                 watched += 1
     assert watched > 20
     made.model.train()
-    step.loss_sum(made.model, tiny.batch(family)).backward()
+    tiny.loss_sum(made.model, tiny.batch(family)).backward()
     assert forward == [] and backward == []
     assert all(parameter.grad is not None for parameter in side(made))
     assert all(p.grad is None for p in made.model.parameters() if not p.requires_grad)
@@ -104,7 +104,7 @@ def test_the_last_layer_always_has_a_rung(layers: float, expected: list[int], tm
     base.apply(tiny.method("lst", layers=layers), made)
     found = [number for number, block in enumerate(made.anatomy.blocks) if "rung" in _children(made, block.path)]
     assert found == expected
-    step.loss_sum(made.model, tiny.batch("llama")).backward()
+    tiny.loss_sum(made.model, tiny.batch("llama")).backward()
 
 
 def _children(made: Backbone, path: str) -> list[str]:
@@ -253,4 +253,4 @@ def test_reductions_that_do_not_fit(reduction: int) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
 def test_reductions_that_fit(family: str, reduction: int) -> None:
     made, _ = tiny.adapted(family, "lst", reduction=reduction)
-    step.loss_sum(made.model, tiny.batch(family)).backward()
+    tiny.loss_sum(made.model, tiny.batch(family)).backward()

@@ -63,6 +63,12 @@ def test_more_tokens_than_positions_are_refused_as_plans_refuse_them() -> None:
         CliRunner().invoke(app, [*command, "--set", "options.length=5"], catch_exceptions=False)
 
 
+def test_checkpointing_is_refused_where_training_refuses_it() -> None:
+    command = ["measure", "--model", str(tiny.folder("llama")), "--method", "lst", "--checkpointing"]
+    with pytest.raises(UsageError, match=r"lst is not trained with checkpointing[^$]*without --checkpointing"):
+        CliRunner().invoke(app, [*command, "--set", "options.reduction=4"], catch_exceptions=False)
+
+
 def test_rows_add_up(tmp_path: Path) -> None:
     row = dict.fromkeys(measure.COLUMNS, "a, b")
     for _ in range(2):

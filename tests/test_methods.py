@@ -159,7 +159,7 @@ def test_a_copy_of_a_model_is_a_model_of_its_own(name: str, at: str) -> None:
     randomised(twin, seed=3)
     assert torch.equal(sample_logits(made.model, [batch])[0], before)
     assert not torch.equal(sample_logits(twin, [batch])[0], before)
-    step.loss_sum(twin, batch).backward()
+    tiny.loss_sum(twin, batch).backward()
     assert all(parameter.grad is None for parameter in made.model.parameters())
 
 

@@ -16,8 +16,8 @@ from edgepeft.errors import UsageError
 from edgepeft.methods import base
 from edgepeft.precision import emulating
 from edgepeft.step import TrainingStep
-from edgepeft.surface import ADAMW, EIGHT_BIT, read
-from edgepeft.trace import KINDS, Tracker
+from edgepeft.surface import ADAMW, EIGHT_BIT, KINDS, read
+from edgepeft.trace import Tracker
 
 DEEP = {**LLAMA, "num_hidden_layers": 18}
 BERT = backbone.as_fields(

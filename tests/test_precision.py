@@ -197,10 +197,10 @@ def test_every_family_runs_with_and_without_native_bf16(family: str, bf16: bool)
     batch = tiny.batch(family)
     with precision.emulating(bf16=bf16):
         made, _ = tiny.adapted(family, "lora", "bf16")
-        half = step.loss_sum(made.model, batch)
+        half = tiny.loss_sum(made.model, batch)
         half.backward()
     full, _ = tiny.adapted(family, "lora", "fp32")
-    assert half.item() == pytest.approx(step.loss_sum(full.model, batch).item(), rel=0.02)
+    assert half.item() == pytest.approx(tiny.loss_sum(full.model, batch).item(), rel=0.02)
 
 
 @pytest.mark.parametrize("at", PACKED)
@@ -226,7 +226,7 @@ def dense_reference(model: nn.Module) -> nn.Module:
 def gradients(model: nn.Module, batch: step.Batch) -> dict[str, Tensor]:
     model.train()
     model.zero_grad(set_to_none=True)
-    step.loss_sum(model, batch).backward()
+    tiny.loss_sum(model, batch).backward()
     return {name: parameter.grad for name, parameter in adapter.trained(model).items() if parameter.grad is not None}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,17 @@ def test_a_prompt_of_another_backbone_is_refused() -> None:
 def test_a_trained_adapter_does_not_need_what_it_started_from(name: str, options: dict[str, Any]) -> None:
     made, _ = tiny.adapted("llama", name, **options)
     adapter.load(Path(tiny.prompts("llama")[1]), made.model)
+
+
+@pytest.mark.parametrize("card", ["[]", "null", '"card"'])
+@pytest.mark.parametrize("name", ["spot", "ipt"])
+def test_a_card_that_is_no_object_is_refused(name: str, card: str, tmp_path: Path) -> None:
+    folders = [str(shutil.copytree(folder, tmp_path / str(n))) for n, folder in enumerate(tiny.prompts("llama")[:2])]
+    (Path(folders[0]) / adapter.CARD).write_text(card, encoding="utf-8")
+    options: dict[str, Any] = {"source": folders[0]} if name == "spot" else {"prompts": tuple(folders)}
+    with pytest.raises(UsageError, match="there is no adapter in") as caught:
+        base.apply(tiny.method(name, **options), tiny.load("llama"))
+    assert caught.value.cause == "adapter.json is no JSON object." and caught.value.remedy
 
 
 def test_an_adapter_without_a_prompt_is_refused(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from edgepeft import recall
+from edgepeft import recall, work
 from edgepeft.recall import RecallingMode
+from edgepeft.trace import fake_device
 
 
 def attention(x: Tensor) -> Any:
@@ -52,6 +53,20 @@ def test_recalled_tensors_are_those_of_pytorch(name: str, monkeypatch: pytest.Mo
     assert described(RecallingMode(), CASES[name]) == expected
     assert recall._known
     assert described(RecallingMode(), CASES[name]) == expected
+
+
+def test_what_is_remembered_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name, empty in ((recall, "_known", dict), (recall, "_never", set), (work, "_calls", dict)):
+        monkeypatch.setattr(module, name, empty())
+        monkeypatch.setattr(module, "LARGEST", 8)
+    seen = []
+    with fake_device(cuda=False) as tracker, tracker.phase("step"):
+        for size in range(2, 30):
+            x = torch.empty(size, size)
+            (x @ x).unsqueeze_(0)  # changes its input's shape, and is never recalled
+            seen.append((len(recall._known) + len(recall._never), len(recall._never), len(work._calls)))
+    assert max(both for both, _, _ in seen) <= 8 and max(calls for _, _, calls in seen) <= 8
+    assert max(never for _, never, _ in seen) > 0
 
 
 def test_a_part_elsewhere_in_memory_is_recalled_where_it_lies() -> None:

@@ -48,7 +48,7 @@ def test_lt_sft_is_full_tuning_a_mask_of_what_moved_most_and_masked_tuning(famil
             base.begin(method, made, number)
         optimizer = stage.optimizer(made.model, RATE, 0.0)
         for batch in batches:
-            step.loss_sum(made.model, batch).backward()
+            tiny.loss_sum(made.model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
     method.merge(made.model)
@@ -70,7 +70,7 @@ def test_lt_sft_is_full_tuning_a_mask_of_what_moved_most_and_masked_tuning(famil
                     weight.copy_(start[name])
         optimizer = torch.optim.AdamW([*weights.values(), *head], lr=RATE, weight_decay=0.0)
         for batch in batches:
-            step.loss_sum(plain.model, batch).backward()
+            tiny.loss_sum(plain.model, batch).backward()
             for name, mask in masks.items():
                 grad = weights[name].grad
                 assert grad is not None
@@ -107,7 +107,7 @@ def test_fisher_adds_up_the_squared_gradients_of_the_log_likelihood_of_single_ex
         weight.requires_grad_(True)
     squares = []
     for batch in batches:
-        gradients = torch.autograd.grad(step.loss_sum(plain.model, batch), list(weights.values()))
+        gradients = torch.autograd.grad(tiny.loss_sum(plain.model, batch), list(weights.values()))
         squares.append(torch.cat([gradient.flatten() for gradient in gradients]).square())
     expected = torch.stack(squares).sum(0)
     fisher = torch.cat([total.flatten() for total in made.model.get_submodule("fisher").buffers()])
@@ -132,7 +132,7 @@ def test_nothing_dense_is_kept_for_a_sparse_change(at: str) -> None:
 
         known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = step.loss_sum(model, batch)
+            loss = tiny.loss_sum(model, batch)
         del loss
         return sum(size for pointer, size in sizes.items() if pointer not in known)
 
@@ -210,9 +210,9 @@ def test_an_adapter_is_values_and_positions_and_foreign_positions_are_refused(tm
     for damage in (lambda: positions.add_(10**6), lambda: positions.fill_(3), lambda: positions.sub_(10**6)):
         damage()
         with pytest.raises(EdgePeftError, match="positions of a sparse change"):
-            step.loss_sum(made.model, tiny.batch("llama"))
+            tiny.loss_sum(made.model, tiny.batch("llama"))
         positions.copy_(whole)
-    step.loss_sum(made.model, tiny.batch("llama"))
+    tiny.loss_sum(made.model, tiny.batch("llama"))
 
 
 @pytest.mark.parametrize("name", ["lt_sft", "fish_mask", "diff_pruning"])

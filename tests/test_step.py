@@ -31,7 +31,7 @@ def labels(batch: step.Batch) -> Tensor:
 def test_loss_is_that_of_transformers(family: str) -> None:
     model, batch = tiny.load(family).model, tiny.batch(family)
     theirs = model(**step.inputs(batch), labels=labels(batch)).loss
-    ours = step.loss_sum(model, batch) / step.targets(batch).numel()
+    ours = tiny.loss_sum(model, batch) / step.targets(batch).numel()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
 
 
@@ -39,7 +39,7 @@ def test_loss_is_that_of_transformers(family: str) -> None:
 def test_gradients_are_those_of_transformers(family: str) -> None:
     made, _ = tiny.adapted(family, "full")
     model, batch = made.model, tiny.batch(family)
-    step.loss_sum(model, batch).div(step.targets(batch).numel()).backward()
+    tiny.loss_sum(model, batch).div(step.targets(batch).numel()).backward()
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     model(**step.inputs(batch), labels=labels(batch)).loss.backward()
@@ -53,7 +53,7 @@ def test_recomputing_sends_no_gradient_where_nothing_is_trained() -> None:
     seen: list[bool] = []
     for block in made.anatomy.blocks:
         made.model.get_submodule(block.path).register_forward_hook(lambda m, i, o: seen.append(o.requires_grad))
-    step.loss_sum(made.model, tiny.batch("llama"))
+    tiny.loss_sum(made.model, tiny.batch("llama"))
     assert not seen[0] and seen[-1]
 
 
@@ -86,9 +86,9 @@ def padded(batch: dict[str, Tensor], extra: int, value: int) -> dict[str, Tensor
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_padding_changes_nothing(family: str) -> None:
     model, batch = tiny.load(family).model, tiny.batch(family)
-    plain = step.loss_sum(model, batch)
-    torch.testing.assert_close(step.loss_sum(model, padded(batch, 5, 0)), plain, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(step.loss_sum(model, padded(batch, 3, 7)), plain, rtol=1e-5, atol=1e-5)
+    plain = tiny.loss_sum(model, batch)
+    torch.testing.assert_close(tiny.loss_sum(model, padded(batch, 5, 0)), plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tiny.loss_sum(model, padded(batch, 3, 7)), plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -96,7 +96,7 @@ def test_a_mask_that_hides_nothing_changes_nothing(family: str) -> None:
     """Training leaves it out where there is no padding."""
     model, batch = tiny.load(family).model, tiny.batch(family, lengths=(9, 9))
     without = {name: value for name, value in batch.items() if name != "attention_mask"}
-    torch.testing.assert_close(step.loss_sum(model, without), step.loss_sum(model, batch), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tiny.loss_sum(model, without), tiny.loss_sum(model, batch), rtol=1e-5, atol=1e-5)
 
 
 def parts(batch: dict[str, Tensor], sizes: list[int], kind: str) -> list[dict[str, Tensor]]:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import tiny
 import training
+from typer.testing import CliRunner
 
-from edgepeft import pipeline, recipe, tasks
+from edgepeft import adapter, cli, pipeline, recipe, tasks
 from edgepeft.errors import UsageError
 
 ROWS = {
@@ -30,6 +31,21 @@ def test_which_are_refused(family: str) -> None:
             refused.add(task)
     own = tiny.task(family)
     assert refused == set(tasks.TASKS) - {own} - ({"classification"} if own == "causal-lm" else set())
+
+
+def test_one_that_there_is_not(tmp_path: Path) -> None:
+    model = str(tiny.folder("llama"))
+    tuned, method = tiny.adapted("llama", "lora")
+    card = adapter.card(method, model=model, task="causal", precision="fp32", labels=None, seed=0)
+    adapter.save(tmp_path / "adapter", tuned.model, card)
+    for command in (
+        ["measure", "--model", model, "--seq-len", "24", "--method", "lora", "--task", "causal"],
+        ["plan", "--infer", "--target", "raspberry-pi-5-8gb", "--model", model, "--task", "causal"],
+        ["adapter", str(tmp_path / "adapter"), str(tmp_path / "theirs")],
+    ):
+        refused = CliRunner().invoke(cli.app, command).exception
+        assert isinstance(refused, UsageError), command
+        assert refused.fact == "There is no task 'causal'." and refused.remedy == "Did you mean causal-lm?"
 
 
 @pytest.mark.parametrize(("of", "task"), tasks._REFUSED)

@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from edgepeft import backbone, precision
 from edgepeft.methods import base
 from edgepeft.step import TrainingStep, recompute_activations
-from edgepeft.trace import KINDS, Peak, Tracker, fake_device
+from edgepeft.surface import KINDS
+from edgepeft.trace import Peak, Tracker, fake_device
 
 KB = 1024
 

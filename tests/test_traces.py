@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -30,6 +32,22 @@ def test_the_shipped_table_of_methods_says_what_their_classes_say() -> None:
     for name in base.names():
         assert traces.traits(name) == traces.traits_of(base.find(name))
     assert traces.named("qlora") == ("lora", "nf4") and traces.named("lorra") is None
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_cache_that_cannot_be_written_costs_time_only(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setenv("EDGEPEFT_CACHE", str(tmp_path))
+    monkeypatch.setattr("os.replace", fail)
+    wanted = replace(traces.usual("gpt2", "lora", "bf16"), options={"rank": 3})
+    assert traces.units(wanted)
+    found = surface.read(extrapolate.surface(traces.usual("minilm-l6", "bitfit", "bf16", cuda=False)).plain())
+    assert list(traces._kept([wanted], [found])) == [found]
+    assert not list(tmp_path.rglob("*.json"))
 
 
 @pytest.mark.parametrize("name", SHIPPED[:1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from edgepeft import adapter, backbone
+from edgepeft import adapter, backbone, step
 from edgepeft.backbone import Backbone
 from edgepeft.data.batches import causal_batch, classification_batch, seq2seq_batch
 from edgepeft.methods import base
@@ -226,3 +226,8 @@ def batch(kind: str, rows: int = 4, *, seed: int = 0, lengths: tuple[int, int] =
         return seq2seq_batch(inputs, [ids(max(2, size // 2)) for size in sizes], pad_id=0, start_id=0)
     answers = [np.arange(size) >= 2 + number % 2 for number, size in enumerate(sizes)]
     return causal_batch(inputs, answers, pad_id=0)
+
+
+def loss_sum(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What a training step goes backward from: cross-entropy in nats, summed over the batch's targets."""
+    return step.loss_of(model, batch, step.outputs(model, batch))

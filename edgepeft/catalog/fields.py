@@ -10,7 +10,7 @@ from edgepeft.errors import UsageError
 
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers")
 POSITIONS = ("max_position_embeddings", "n_positions")
-
+_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")  # count their positions from pad_token_id + 1
 
 _COUNTED = ("vocab_size", "hidden_size", "d_model", "n_embd", "num_attention_heads", "num_heads", "n_head", *LAYERS)
 
@@ -31,6 +31,8 @@ def check(name: str, model: Mapping[str, Any]) -> None:
         cause = f"Its num_key_value_heads is {shared!r}, and must be a whole number above 0."
     elif isinstance(heads, int) and shared is not None and heads % shared:
         cause = f"Its {heads} attention heads cannot share {shared} of keys and values."
+    elif model.get("model_type") in _FROM_PADDING and not isinstance(model.get("pad_token_id", 1), int):
+        cause = f"Its pad_token_id is {model['pad_token_id']!r}, and its positions are counted from there on."
     else:
         return
     raise UsageError(f"The configuration of {name} describes no model.", cause, "Correct its config.json.")
@@ -58,8 +60,7 @@ def positions(model: Mapping[str, Any]) -> int | None:
     if kind in ("t5", "mt5", "umt5"):
         return None
     found = next((int(model[name]) for name in POSITIONS if model.get(name)), None)
-    # RoBERTa counts its positions from pad_token_id + 1
-    offset = model.get("pad_token_id", 1) + 1 if kind in ("roberta", "xlm-roberta", "camembert") else 0
+    offset = model.get("pad_token_id", 1) + 1 if kind in _FROM_PADDING else 0
     return None if found is None else found - offset
 
 

@@ -18,7 +18,13 @@ GROUP = 50
 
 
 def microbatches(
-    lengths: Numbers, size: int, *, seed: int, epoch: int, longest_at: Sequence[int] = ()
+    lengths: Numbers,
+    size: int,
+    *,
+    seed: int,
+    epoch: int,
+    target_lengths: Numbers | None = None,
+    longest_at: Sequence[int] = (),
 ) -> list[list[int]]:
     """The microbatches of an epoch: every example once, examples of similar length together, in random order.
 
@@ -28,18 +34,21 @@ def microbatches(
     Args:
         lengths: tokens per example, ``(examples,)``.
         size: examples per microbatch; one microbatch may have fewer.
+        target_lengths: tokens per example that a decoder reads besides; a batch pads them apart from the others.
         longest_at: where to put the microbatch that pads to the most tokens, the one after it, and so on: early, so
             that an out-of-memory error comes at once. Places beyond the end are left out.
     """
     random = np.random.RandomState([seed % 2**32, epoch])  # a later stage counts on from the recipe's seed
     order = random.permutation(len(lengths))
     batches: list[Numbers] = []
+    decoder = np.zeros_like(lengths) if target_lengths is None else target_lengths
+    together = lengths + decoder
     for begin in range(0, len(order), GROUP * size):
         group = order[begin : begin + GROUP * size]
-        group = group[np.argsort(-lengths[group], kind="stable")]
+        group = group[np.argsort(-together[group], kind="stable")]
         batches.extend(group[i : i + size] for i in range(0, len(group), size))
     shuffled = [batches[i] for i in random.permutation(len(batches))]
-    padded = [len(batch) * int(lengths[batch].max()) for batch in shuffled]
+    padded = [len(batch) * int(lengths[batch].max() + decoder[batch].max()) for batch in shuffled]
     placed: set[int] = set()
     for place in (place for place in longest_at if place < len(shuffled)):
         longest = max((i for i in range(len(shuffled)) if i not in placed), key=padded.__getitem__)

@@ -47,11 +47,13 @@ class Data:
     repeated: int = 0
 
     def described(self, max_tokens: int | None) -> str:
-        """How many examples there are, how many were cut at ``max_tokens``, and how many are in both parts."""
+        """How many examples there are, how many were cut at ``max_tokens`` or left out, and are in both parts."""
         parts = (("train", self.train), ("validation", self.validation))
         cut = ", ".join(f"{part.truncated} of {name} cut at {max_tokens} tokens" for name, part in parts)
+        lost = " and ".join(f"{part.dropped} of {name}" for name, part in parts if part.dropped)
+        lost = f"; {lost} left out, as no token was left to learn" if lost else ""
         both = f"; {self.repeated} of validation have their input in the training data too" if self.repeated else ""
-        return f"{len(self.train)} to train on, {len(self.validation)} to validate; {cut}{both}"
+        return f"{len(self.train)} to train on, {len(self.validation)} to validate; {cut}{lost}{both}"
 
 
 def task_of(

@@ -96,6 +96,7 @@ def _folder(folder: Path) -> dict[str, Source]:
     for split in ("train", "validation"):
         paths = sorted(p for p in folder.glob(f"{split}[.-]*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if paths:
+            _check_parts(folder, split, paths)
             splits[split] = _files(str(folder), paths)
     if "train" not in splits:
         raise UsageError(
@@ -104,6 +105,21 @@ def _folder(folder: Path) -> dict[str, Source]:
             "Rename the file, or name it instead of the folder.",
         )
     return splits
+
+
+def _check_parts(folder: Path, split: str, paths: list[Path]) -> None:
+    """Refuse several files that are not the parts of one set, by their names: a copy would be learned twice."""
+    parts = [re.fullmatch(rf"{split}-(\d+)-of-(\d+)(-[0-9a-f]+)?", path.stem) for path in paths]
+    numbers, totals = ({part and int(part[group]) for part in parts} for group in (1, 2))
+    if len(paths) == 1 or (None not in numbers and len(numbers) == len(paths) and len(totals) == 1):
+        return
+    names = ", ".join(path.name for path in paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+    raise UsageError(
+        f"{folder} has more than one {split} file: {names}.",
+        "If one is a copy of another, its examples would be counted twice.",
+        f"Keep one of them there, or name a file instead of the folder. Parts of one set are {split}-00000-of-00002 "
+        f"and {split}-00001-of-00002.",
+    )
 
 
 def _hub(source: str) -> dict[str, Source]:

@@ -59,7 +59,8 @@ class Split:
 
     def microbatches(self, size: int, *, seed: int, epoch: int, longest_at: Sequence[int] = ()) -> list[list[int]]:
         """The microbatches of an epoch as lists of example indices; see :func:`edgepeft.data.batches.microbatches`."""
-        return microbatches(self.lengths, size, seed=seed, epoch=epoch, longest_at=longest_at)
+        targets = self.target_lengths if self.task == "seq2seq" else None  # of others they are among the input's tokens
+        return microbatches(self.lengths, size, seed=seed, epoch=epoch, target_lengths=targets, longest_at=longest_at)
 
     def collate(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """The examples ``indices`` as one right-padded batch; see :mod:`edgepeft.data.batches` for its tensors."""
@@ -71,14 +72,6 @@ class Split:
             # T5 starts decoding with its padding token.
             return seq2seq_batch(inputs, _ragged(table["target_ids"]), pad_id=self._pad_id, start_id=self._pad_id)
         return causal_batch(inputs, _ragged(table["answer"]), pad_id=self._pad_id)
-
-    def longest(self, size: int) -> dict[str, torch.Tensor]:
-        """The batch of ``size`` examples with the most padded tokens: no microbatch needs more memory."""
-        decoder = self.target_lengths if self.task == "seq2seq" else np.zeros_like(self.lengths)
-        ranked = np.lexsort((-self.target_lengths, -(self.lengths + decoder)))
-        # A seq2seq batch pads input and target each to its longest, and these may be two examples.
-        extremes = [int(self.lengths.argmax()), int(decoder.argmax())] if decoder.any() and size > 1 else []
-        return self.collate(list(dict.fromkeys([*extremes, *ranked.tolist()]))[:size])
 
     def examples(self, indices: Sequence[int]) -> list[Example]:
         """The examples ``indices`` with their original text, to generate from and to look at."""

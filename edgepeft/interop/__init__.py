@@ -12,10 +12,9 @@ from pathlib import Path
 from edgepeft import adapter, recipe
 from edgepeft.errors import UsageError
 from edgepeft.files import atomic_directory
-from edgepeft.interop.folder import CONFIG, WEIGHTS
 from edgepeft.interop.reading import read
 from edgepeft.interop.writing import write
-from edgepeft.peft_config import PREFIX
+from edgepeft.peft_config import FILE, PREFIX, WEIGHTS
 
 
 def convert(source: Path, target: Path, model: str | None = None) -> tuple[str, ...]:
@@ -38,19 +37,19 @@ def convert(source: Path, target: Path, model: str | None = None) -> tuple[str, 
             "PEFT's own layers were trained, and edgepeft saves them in both formats.",
             f"Load it with PeftModel.from_pretrained(model, {str(folder)!r}).",
         )
-    if (source / CONFIG).exists():
+    if (source / FILE).exists():
         return read(source, target, model)
     if not (folder / adapter.CARD).exists():
         recipe.check_trained(source)
         raise UsageError(
             f"There is no adapter in {source}.",
-            f"It holds neither {adapter.CARD} (edgepeft's) nor {CONFIG} (PEFT's).",
+            f"It holds neither {adapter.CARD} (edgepeft's) nor {FILE} (PEFT's).",
             "Give the folder of a run that was trained, of its adapter, or one that PEFT's save_pretrained wrote.",
         )
     keep_backbone(folder, model)
-    if (folder / CONFIG).exists():  # what PEFT itself changed (``foreign``) has its files beside the card
+    if (folder / FILE).exists():  # what PEFT itself changed (``foreign``) has its files beside the card
         with atomic_directory(target) as made:
-            for name in (CONFIG, WEIGHTS):
+            for name in (FILE, WEIGHTS):
                 shutil.copyfile(folder / name, made / name)
         return ()
     return write(folder, target)

@@ -11,8 +11,6 @@ from edgepeft.errors import EdgePeftError
 from edgepeft.interop import low_rank, products, prompts, scales
 from edgepeft.interop.form import Form, Tensors
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-TASKS = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
 FORMS: dict[str, Form] = {
     "lora": low_rank.LORA,
     "dora": low_rank.DORA,

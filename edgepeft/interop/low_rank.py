@@ -79,7 +79,9 @@ def _write_adaptive(method: AdaLoRA, tensors: Tensors, made: Backbone) -> Writte
 def _read_adaptive(config: Mapping[str, Any], tensors: Tensors, made: Backbone) -> Read:
     """PEFT cuts the triplets that were taken away, and divides by the rank there was at first all the same."""
     layers, _ = grouped(tensors, (_ADA_A, _ADA_B, E))
-    rank = int(config["init_r"])
+    rank, stored = int(config["init_r"]), max(ends[_ADA_A].shape[0] for ends in layers.values())
+    if rank < stored:
+        raise ValueError(f"init_r is {rank}, and there are layers of rank {stored}")
     found = {
         layer: {
             "delta.a": padded(ends[_ADA_A], rank, 0),

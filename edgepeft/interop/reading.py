@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from edgepeft import adapter, backbone, tasks
+from edgepeft import adapter, backbone, peft_config, tasks
 from edgepeft.anatomy import ROLES
 from edgepeft.backbone import Backbone
-from edgepeft.errors import UsageError
+from edgepeft.errors import UsageError, said
 from edgepeft.files import atomic_directory, write_json
 from edgepeft.interop import folder as folders
 from edgepeft.interop import settings, structure
@@ -36,14 +36,14 @@ def read(folder: Path, target: Path, model: str | None = None) -> tuple[str, ...
         UsageError: it is of a kind, or has a setting, that edgepeft does not translate.
         EdgePeftError: a file is missing or damaged, or the adapter is none of the backbone.
     """
-    config = _config(folder / folders.CONFIG)
+    config = _config(folder / peft_config.FILE)
     name = _method(config)
     form = folders.FORMS[name]
     settings.check(config, (*form.understood, *(["revision"] if model else [])))
     model = model or config.get("base_model_name_or_path")
     if not model:
         raise UsageError(f"{folder} names no backbone.", "base_model_name_or_path is empty.", "Name it: --model MODEL.")
-    stored = folders.tensors(folder / folders.WEIGHTS)
+    stored = folders.tensors(folder / peft_config.WEIGHTS)
     given = {key.removeprefix(folders.prefix(form)): tensor.float() for key, tensor in stored.items()}
     task = _task(config, model)
     made = structure.of(model, task, given)
@@ -52,9 +52,9 @@ def read(folder: Path, target: Path, model: str | None = None) -> tuple[str, ...
     layers = _layers(own, form, made)
     try:
         found = form.read(config, own, made)
-    except (KeyError, TypeError, ValueError, re.error) as error:
-        cause = f"It does not describe the tensors beside it: {error!r}."
-        raise folders.damaged(folder / folders.CONFIG, cause) from error
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, re.error) as error:
+        cause = f"It does not describe the tensors beside it: {said(error)}."
+        raise folders.damaged(folder / peft_config.FILE, cause) from error
     options = found.options
     if "targets" in {field.name for field in dataclasses.fields(base.find(name))}:
         options = {**options, "targets": structure.roles(layers.keys(), made)}
@@ -88,6 +88,9 @@ def _config(path: Path) -> dict[str, Any]:
         raise folders.damaged(path, f"It is missing or damaged: {error}.") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise folders.damaged(path, "It names no peft_type.")
+    for name in ("base_model_name_or_path", "task_type"):
+        if not isinstance(config.get(name, ""), str | None):
+            raise folders.damaged(path, f"Its {name} is {config[name]!r}.")
     return config
 
 
@@ -110,7 +113,7 @@ def _task(config: Mapping[str, Any], model: str) -> str:
     named = config.get("task_type")
     if named is None:
         return tasks.default_task(backbone.config(backbone.resolve(model)))
-    ours = {theirs: task for task, theirs in folders.TASKS.items()}
+    ours = {theirs: task for task, theirs in peft_config.TASKS.items()}
     if named not in ours:
         raise UsageError(
             f"A PEFT adapter for {named} cannot be read.",

@@ -10,11 +10,6 @@ from edgepeft.backbone import Backbone, Source
 from edgepeft.data.tokens import pad_id
 from edgepeft.errors import UsageError
 
-_LOADERS = {
-    "classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-}
 _BREAK = ",\n    "
 _NF4 = (
     'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
@@ -27,7 +22,7 @@ def of(card: Card, made: Backbone) -> str:
     source = backbone.resolve(card.model)
     where = Path(source.location)
     arguments = [repr(str(where.resolve()) if where.exists() else source.location)]  # the program runs in its folder
-    imports = [_LOADERS[card.task]]
+    imports = [tasks.LOADERS[card.task]]
     if source.gguf:
         arguments.append(f"gguf_file={source.gguf!r}")
     if card.labels is not None:

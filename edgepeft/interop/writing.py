@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edgepeft import adapter, backbone
+from edgepeft import adapter, backbone, peft_config
 from edgepeft.errors import UsageError
 from edgepeft.files import atomic_directory, write_json
 from edgepeft.interop import folder as folders
@@ -23,11 +23,12 @@ def write(folder: Path, target: Path) -> tuple[str, ...]:
         What a user of the new folder should know.
 
     Raises:
-        UsageError: PEFT's format has no place for this method or one of its options, or the adapter is none of the
-            backbone that it names.
+        UsageError: PEFT's format has no place for this method or one of its options, or the method is not edgepeft's,
+            or the adapter is none of the backbone that it names.
         EdgePeftError: the adapter is damaged.
     """
     card = adapter.read_card(folder)
+    adapter.check_ours(card)
     tensors = folders.tensors(folder / adapter.TENSORS)
     method = base.create(card.method, card.options).finished()
     if method.name not in folders.FORMS:
@@ -62,7 +63,7 @@ def write(folder: Path, target: Path) -> tuple[str, ...]:
     named |= {prefix + name: tensors[name] for name in whole}
     config: dict[str, Any] = {
         "peft_type": form.kinds[0],
-        "task_type": folders.TASKS[card.task],
+        "task_type": peft_config.TASKS[card.task],
         "base_model_name_or_path": backbone.resolve(card.model).location,
         "modules_to_save": sorted({structure.saved_module(name, made) for name in whole}) or None,
         "inference_mode": True,
@@ -70,8 +71,8 @@ def write(folder: Path, target: Path) -> tuple[str, ...]:
         **({"fan_in_fan_out": True} if turned and form is not scales.LN_TUNING else {}),
     }
     with atomic_directory(target) as inside:
-        folders.save(named, inside / folders.WEIGHTS)
-        write_json(inside / folders.CONFIG, config)
+        folders.save(named, inside / peft_config.WEIGHTS)
+        write_json(inside / peft_config.FILE, config)
         write_json(inside / adapter.CARD, asdict(card))
         (inside / "README.md").write_text(readme.of(card, made), encoding="utf-8")
     return written.notes

@@ -125,7 +125,7 @@ class Method(ABC):
             raise UsageError(
                 f"{self.name} is not trained with checkpointing.",
                 self.not_checkpointed,
-                "Try --set checkpointing=false.",
+                "Try --set checkpointing=false (measure: without --checkpointing).",
             )
 
     def check_export(self) -> None:

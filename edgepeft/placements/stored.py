@@ -28,6 +28,8 @@ def prompt(method: str, folder: str, model: Any, length: int) -> Tensor:
     """
     try:
         card = json.loads((Path(folder) / CARD).read_text(encoding="utf-8"))
+        if not isinstance(card, dict):
+            raise ValueError(f"{CARD} is no JSON object.")
         found = [tensor for name, tensor in load_file(Path(folder) / TENSORS).items() if name.endswith(PROMPT)]
     except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from edgepeft.chat import render
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.runtime import decode, manifest
 from edgepeft.runtime.sampling import sampler
 from edgepeft.runtime.sessions import Graph, open_graphs
-from edgepeft.runtime.template import render
 from edgepeft.runtime.text import Detokenizer, StopStrings, unclosed
 
 MOST_THREADS = 4  # for each core: more gain nothing, and many thousands take all memory
@@ -25,19 +25,16 @@ class Generation(Iterator[str]):
     """The pieces of a text as they are generated.
 
     Attributes:
-        prompt_tokens: tokens of the prompt.
         tokens: tokens generated so far, the end token included.
     """
 
     def __init__(
         self,
-        prompt_tokens: int,
         tokens: Iterator[decode.Tokens],
         eos_token_ids: Sequence[int],
         detokenizer: Detokenizer,
         stops: StopStrings,
     ) -> None:
-        self.prompt_tokens = prompt_tokens
         self.tokens = 0
         self._pieces = self._stream(tokens, eos_token_ids, detokenizer, stops)
 
@@ -188,4 +185,4 @@ class Device:
         steps = decode.steps(self.graphs, ids, np.ones_like(ids), self.manifest.decoder_start_token_id)
         eos = self.manifest.eos_token_ids
         tokens = decode.generate(steps, choose, max_new_tokens, eos)
-        return Generation(ids.shape[1], tokens, eos, Detokenizer(self.tokenizer), stops)
+        return Generation(tokens, eos, Detokenizer(self.tokenizer), stops)
