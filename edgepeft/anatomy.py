@@ -250,6 +250,19 @@ def find(model: nn.Module) -> Anatomy:
     )
 
 
+def body(model: nn.Module, parts: Anatomy) -> list[str]:
+    """The modules that a checkpoint brings, whatever sits on them: layers, norms and embeddings.
+
+    The rest is what classifies or predicts tokens, with what leads there, such as BERT's pooler.
+    """
+    return [*(block.path for block in parts.blocks), *parts.norms, *embeddings(model)]
+
+
+def embeddings(model: nn.Module) -> list[str]:
+    """The modules that look vectors up: of tokens, positions and their like."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalisation with a weight (LayerNorm, RMSNorm and their like)."""
     return type(module).__name__.lower().endswith("norm") and getattr(module, "weight", None) is not None

@@ -123,7 +123,7 @@ def next_tokens(model: Any, ids: Tensor, begun: Tensor | None = None) -> Iterato
     name, now = "input_ids", ids
     if model.config.is_encoder_decoder:
         source = {"encoder_outputs": model.get_encoder()(input_ids=ids)}
-        name, now = "decoder_input_ids", ids.new_full((1, 1), _start(model.config))
+        name, now = "decoder_input_ids", ids.new_full((1, 1), start(model.config))
         now = now if begun is None else torch.cat([now, begun], dim=1)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         source["logits_to_keep"] = 1
@@ -138,7 +138,7 @@ def next_tokens(model: Any, ids: Tensor, begun: Tensor | None = None) -> Iterato
 def _reading_anew(model: Any, ids: Tensor, begun: Tensor | None) -> Iterator[Tensor]:
     """The same without kept states, which the wrappers of HF PEFT that prompt a model make anew for every text."""
     answers = model.config.is_encoder_decoder
-    read = ids.new_full((1, 1), _start(model.config)) if answers else ids
+    read = ids.new_full((1, 1), start(model.config)) if answers else ids
     read = read if begun is None else torch.cat([read, begun], dim=1)
     while True:
         given = {"input_ids": ids, "decoder_input_ids": read} if answers else {"input_ids": read}
@@ -147,7 +147,7 @@ def _reading_anew(model: Any, ids: Tensor, begun: Tensor | None) -> Iterator[Ten
         read = torch.cat([read, now], dim=1)
 
 
-def _start(config: Any) -> int:
+def start(config: Any) -> int:
     """The token that a decoder begins with: of a T5 that names none, its padding."""
     named = getattr(config, "decoder_start_token_id", None)
     return int(config.pad_token_id if named is None else named)

@@ -202,7 +202,8 @@ def load(
         _let_go_of_files(model)
     if task == "classification":  # the checkpoint of a language model has no head, and may have no pooler
         misshapen -= _head_parameters(model, task)
-        missing = {name for name in missing if any(name.startswith(f"{b.path}.") for b in made.anatomy.blocks)}
+        body = tuple(f"{part}." for part in anatomy.body(model, made.anatomy))
+        missing = {name for name in missing if name.startswith(body)}
     if lost := sorted(missing | misshapen):
         raise EdgePeftError(
             f"The weights of {source.name} are not whole.",

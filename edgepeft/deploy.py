@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from edgepeft import ledger
-from edgepeft.answers import TOKENS, Questions, greedy
+from edgepeft.answers import TOKENS, Questions, greedy, start
 from edgepeft.backbone import positions
 from edgepeft.data import Data
 from edgepeft.data.encode import closing
@@ -134,7 +134,7 @@ class _Gate:
         size = recipe.microbatch if data.task == "classification" else 1
         self.torch_batches: list[Batch] = validation_batches(data, replace(recipe, microbatch=size))
         self.batches = [{name: value.numpy() for name, value in batch.items()} for batch in self.torch_batches]
-        self.start: int | None = model.config.decoder_start_token_id if data.task == "seq2seq" else None
+        self.start: int | None = start(model.config) if data.task == "seq2seq" else None
         self.questions = Questions.of(data, PROMPTS)
         self.stops = self.questions.ending(model)
         self.answers: dict[str, list[str]] = {}

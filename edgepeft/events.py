@@ -13,7 +13,7 @@ import psutil
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from edgepeft import resident
+from edgepeft import reserved, resident
 from edgepeft.files import refusing_full_disk, write_text
 
 
@@ -84,7 +84,7 @@ def progress_bar(total: int, done: int, *, shown: bool) -> Iterator[Callable[[Ma
 def most_bytes(device: torch.device) -> int:
     """The most that this process held so far: reserved by the allocator on a CUDA device, resident on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
+        return reserved.peak_bytes(device)
     return resident.peak_bytes()
 
 

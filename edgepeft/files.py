@@ -72,14 +72,24 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes were writing below ``folder``. For folders that no other process writes to."""
-    for path in [*folder.rglob(".*.part"), *folder.rglob(".*.old")]:
-        if not path.name.rsplit(".", 2)[-2].isdecimal():  # somebody else's
-            continue
+    """Delete what killed processes were writing below ``folder``, and put back what they had only moved away yet.
+
+    For folders that no other process writes to.
+    """
+    for path in _leftovers(folder, "old"):
+        replaced = path.with_name(path.name[1:].rsplit(".", 2)[0])
+        if not replaced.exists():  # killed between the two renames: this is all there is of it
+            os.replace(path, replaced)
+    for path in [*_leftovers(folder, "old"), *_leftovers(folder, "part")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _leftovers(folder: Path, kind: str) -> list[Path]:
+    """What is named as here; others may end their names alike."""
+    return [path for path in folder.rglob(f".*.{kind}") if path.name.rsplit(".", 2)[-2].isdecimal()]
 
 
 def write_text(path: Path, text: str) -> None:

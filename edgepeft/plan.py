@@ -12,7 +12,7 @@ from edgepeft import candidate as on_device
 from edgepeft.candidate import Candidate, needed_bytes
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.hardware import Hardware
-from edgepeft.recipe import PRECISIONS
+from edgepeft.recipe import PRECISIONS, check_sharded
 from edgepeft.surface import ADAMW, AFTERWARDS, DDP, EIGHT_BIT, FSDP, Configuration, Surface
 
 GiB = 2**30
@@ -158,8 +158,8 @@ def plan(
         whole: whether the model is merged and exported on the hardware too; a CPU's plan then counts it.
         progress: called with how many configurations are traced, of how many.
     """
-    if objective == "memory":
-        microbatch = microbatch or 1
+    check_sharded(optimizer, strategy)
+    microbatch = microbatch or (1 if objective == "memory" else None)
     share = global_batch // devices
     wanted = [
         Configuration(

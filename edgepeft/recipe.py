@@ -15,7 +15,7 @@ from typing import Any
 
 from edgepeft.errors import UsageError, nearest
 from edgepeft.files import write_text
-from edgepeft.surface import ADAMW, DDP, EIGHT_BIT, OPTIMIZERS, STRATEGIES
+from edgepeft.surface import ADAMW, DDP, EIGHT_BIT, FSDP, OPTIMIZERS, STRATEGIES
 
 PRECISIONS = ("fp32", "bf16", "int8", "nf4")
 VARIANTS = ("fp32", "int8", "int4")  # ONNX precisions
@@ -172,6 +172,20 @@ def check_shared(global_batch: int, devices: int) -> None:
             f"A global batch of {global_batch} cannot be shared among {devices} devices.",
             "Each must see as many examples of an update as the others.",
             f"Try --global-batch {-(-global_batch // devices) * devices}.",
+        )
+
+
+def check_sharded(optimizer: str | None, strategy: str | None) -> None:
+    """Refuse an optimizer that cannot work on parts of tensors, where each device has one.
+
+    Raises:
+        UsageError: see above.
+    """
+    if optimizer == EIGHT_BIT and strategy == FSDP:
+        raise UsageError(
+            f"{EIGHT_BIT} cannot be used with FSDP.",
+            "Its states are quantised in blocks that run across the rows of a tensor, of which each device has some.",
+            "Try --set strategy=ddp, or --optimizer adamw, whose states FSDP divides among the devices.",
         )
 
 

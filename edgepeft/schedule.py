@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 from edgepeft.errors import UsageError
 from edgepeft.methods.base import Method
-from edgepeft.recipe import Recipe
+from edgepeft.recipe import Recipe, check_sharded
 from edgepeft.stage import Stage
 
 
 def check(recipe: Recipe, method: Method) -> None:
-    """Refuse what cannot be trained, as far as the recipe is decided: precisions, devices, batch sizes.
+    """Refuse what cannot be trained, as far as the recipe is decided: precisions, devices, optimizers, batch sizes.
 
     Raises:
         UsageError: see above.
     """
     method.check_devices(recipe.devices, recipe.strategy)
+    check_sharded(recipe.optimizer, recipe.strategy)
     if recipe.precision is not None:
         method.check(recipe.precision)
     if recipe.checkpointing:

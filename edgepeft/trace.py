@@ -43,6 +43,14 @@ class _Phase:
     tally: Tally = field(default_factory=Tally)
 
 
+class _Alive(weakref.ref[torch.UntypedStorage]):
+    """A storage that has not died yet. Its tracker holds this and it holds no tracker: weights outlive many."""
+
+    __slots__ = ("address", "uid")
+    address: int
+    uid: int
+
+
 class Tracker(TorchDispatchMode):
     """Follows every storage from its birth to its death, on fake tensors or real ones.
 
@@ -62,10 +70,18 @@ class Tracker(TorchDispatchMode):
         self._phase: _Phase | None = None
         self._uid = 0
         self._uid_of: dict[int, int] = {}  # live storages by address
+        self._alive: dict[int, _Alive] = {}
         self._bytes: dict[int, int] = {}
         self._asked: dict[int, int] = {}  # the same before rounding
         self._kind: dict[int, str] = {}
         self._blas: set[bool] = set()  # the threads (is it backward's?) whose cuBLAS handle has its workspace
+        own = weakref.ref(self)
+
+        def ended(storage: Any) -> None:
+            if (tracker := own()) is not None:
+                tracker._died(storage)
+
+        self._ended = ended
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -207,7 +223,8 @@ class Tracker(TorchDispatchMode):
             size = 0 if tensor.device.type == "meta" else storage.nbytes()  # a structure alone, of a real run
             uid = self._uid_of[address] = self._born(size)
             self._record(uid)
-            weakref.finalize(storage, self._died, address, uid)
+            self._alive[uid] = alive = _Alive(storage, self._ended)
+            alive.address, alive.uid = address, uid
         return uid
 
     def _born(self, size: int) -> int:
@@ -217,10 +234,11 @@ class Tracker(TorchDispatchMode):
         self._bytes[self._uid] = -(-size // rounding) * rounding
         return self._uid
 
-    def _died(self, address: int, uid: int) -> None:
-        if self._uid_of.get(address) == uid:
-            del self._uid_of[address]
-        self._record(-uid)
+    def _died(self, storage: _Alive) -> None:
+        del self._alive[storage.uid]
+        if self._uid_of.get(storage.address) == storage.uid:
+            del self._uid_of[storage.address]
+        self._record(-storage.uid)
 
     def _record(self, event: int) -> None:
         if self._phase is not None:

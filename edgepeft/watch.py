@@ -8,7 +8,7 @@ from collections.abc import Iterator, MutableMapping
 import torch
 from torch import nn
 
-from edgepeft import resident, shards
+from edgepeft import reserved, resident, shards
 from edgepeft.trace import Tracker
 
 
@@ -24,9 +24,9 @@ def peak(
     """
     device = next(model.parameters()).device
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield
-        found = torch.cuda.max_memory_allocated(device)
+        with reserved.allocated(device) as held:
+            yield
+        [found] = held
     elif shards.is_divided(model):
         yield
         return
@@ -50,12 +50,7 @@ def rise(phases: MutableMapping[str, int], name: str, device: str) -> Iterator[N
     process's resident memory rises, where the system tells: with libraries that are loaded on the way, and of mapped
     weights only what was read.
     """
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    with reserved.allocated() if device == "cuda" else resident.rise() as found:
         yield
-        found = [torch.cuda.max_memory_allocated()]
-    else:
-        with resident.rise() as found:
-            yield
     if found:
         phases[name] = max(phases.get(name, 0), *found)

@@ -245,6 +245,43 @@ def test_weights_of_a_layer_are_missing(damaged: Path) -> None:
     assert "model.layers.1.mlp.up_proj.weight" in caught.value.cause
 
 
+@pytest.mark.parametrize(
+    ("family", "lost"),
+    [
+        ("bert", "bert.embeddings.word_embeddings.weight"),
+        ("bert", "bert.embeddings.LayerNorm.bias"),
+        ("bert", "bert.encoder.layer.0.output.dense.weight"),
+        ("distilbert", "distilbert.embeddings.position_embeddings.weight"),
+        ("gpt2", "transformer.wpe.weight"),
+        ("llama", "model.embed_tokens.weight"),
+        ("llama", "model.norm.weight"),
+    ],
+)
+@pytest.mark.parametrize("at", ["fp32", "nf4"])
+def test_a_classifier_is_not_made_on_a_backbone_with_holes(family: str, lost: str, at: str, tmp_path: Path) -> None:
+    """They would start at random, and every method would train them as it does a new head."""
+    with pytest.raises(EdgePeftError, match="are not whole") as caught:
+        backbone.load(_without(lost, family, tmp_path), task="classification", at=at, labels=["a", "b"])
+    assert f"such as {lost}." in caught.value.cause
+
+
+def test_a_classifier_may_lack_what_sits_on_its_backbone(tmp_path: Path) -> None:
+    """BERTs that were trained without sentence pairs come without a pooler."""
+    made = backbone.load(_without("bert.pooler.", "bert", tmp_path), task="classification", at="fp32")
+    made_anew = ("bert.pooler.dense", "classifier")
+    assert made.fresh == {f"{part}.{leaf}" for part in made_anew for leaf in ("weight", "bias")}
+
+
+def _without(prefix: str, family: str, home: Path) -> backbone.Source:
+    """A family's checkpoint without the tensors of this prefix."""
+    folder = Path(shutil.copytree(tiny.folder(family), home / "holed"))
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return backbone.resolve(str(folder))
+
+
 def test_weights_of_another_width(damaged: Path) -> None:
     config = json.loads((damaged / "config.json").read_text())
     (damaged / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))

@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import tiny
-from tiny_tokenizers import CHATML, byte_level
+from tiny_tokenizers import CHATML, byte_level, unigram
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
@@ -54,14 +54,20 @@ def test_rows_of_artefacts_that_are_no_more_are_dropped(tmp_path: Path) -> None:
 def _deployed(home: Path, tokens: PreTrainedTokenizerFast, rows: list[dict[str, Any]]) -> tuple[Device, list[int]]:
     """The device folder of a short run, and the first prompt's tokens as training had them."""
     changes = {"vocab_size": len(tokens), "eos_token_id": 7}  # the configuration's is not the tokenizer's
-    tiny.model("llama", **changes).save_pretrained(home / "model")
+    _run(home, tiny.model("llama", **changes), tokens, rows)
+    data = home / "data.jsonl"
+    read = load(str(data), validation=str(data), tokenizer=tokens, cache=home / "c", max_tokens=64)
+    return Device.load(home / "run" / "device", threads=1), read.train.examples([0])[0].prompt_ids
+
+
+def _run(home: Path, model: Any, tokens: PreTrainedTokenizerFast, rows: list[dict[str, Any]]) -> None:
+    """A short run in the folder ``run``, up to the device."""
+    model.save_pretrained(home / "model")
     tokens.save_pretrained(home / "model")
     (home / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     values = {"model": str(home / "model"), "data": str(home / "data.jsonl"), "method": "ia3", "precision": "fp32"}
     chosen = recipe.create({**values, "microbatch": 2, "max_steps": 1, "variants": [], "max_tokens": 64})
     pipeline.run(chosen, home / "run")
-    data = load(str(home / "data.jsonl"), validation=values["data"], tokenizer=tokens, cache=home / "c", max_tokens=64)
-    return Device.load(home / "run" / "device", threads=1), data.train.examples([0])[0].prompt_ids
 
 
 ROWS = [("the fox", " a dog"), ("a small board", " it runs"), ("Paris", " France"), ("the lazy dog", " jumps")]
@@ -77,6 +83,18 @@ def test_a_device_reads_prompts_and_ends_answers_as_training_did(tmp_path: Path)
     assert device.encode(ROWS[0][0]) == asked
     assert set(device.manifest.eos_token_ids) == {7, tokens.eos_token_id}
     assert device.manifest.stop is None
+
+
+def test_a_t5_that_does_not_say_what_its_decoder_begins_with_begins_with_padding(tmp_path: Path) -> None:
+    """transformers' own configuration of a T5 has no such field where its config.json has none."""
+    tokens = unigram()
+    made = tiny.model("t5", vocab_size=len(tokens), pad_token_id=tokens.pad_token_id, eos_token_id=tokens.eos_token_id)
+    del made.config.decoder_start_token_id
+    made.generation_config.decoder_start_token_id = None
+    _run(tmp_path, made, tokens, [{"input": p, "target": c} for p, c in ROWS])
+    assert "decoder_start_token_id" not in json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    device = Device.load(tmp_path / "run" / "device", threads=1)
+    assert device.manifest.decoder_start_token_id == tokens.pad_token_id
 
 
 def test_a_device_stops_at_the_marker_that_ends_a_turn(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,37 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
         with files.atomic_directory(folder) as temporary:
             (temporary / name).write_text(name)
     assert [path.name for path in folder.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("rename", [1, 2, 3])
+def test_a_process_killed_while_it_replaces_a_folder_leaves_one(rename: int, tmp_path: Path) -> None:
+    """Before the old one is moved away, before the new one takes its place, and before the old one is deleted."""
+    script = """
+import os, shutil, signal, sys
+from pathlib import Path
+from edgepeft import files
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def replace(*paths, real=os.replace, done=[]):
+    done.append(paths)
+    kill() if len(done) == int(sys.argv[2]) else real(*paths)
+
+folder = Path(sys.argv[1])
+with files.atomic_directory(folder) as temporary:
+    (temporary / "a").write_text("old")
+os.replace, shutil.rmtree = replace, lambda path, **_: kill() if path.suffix == ".old" else None
+with files.atomic_directory(folder) as temporary:
+    (temporary / "a").write_text("new")
+"""
+    folder = tmp_path / "run" / "adapter"
+    done = subprocess.run([sys.executable, "-c", script, str(folder), str(rename)], check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    (folder.parent / ".somebody.elses.old").mkdir()
+    files.remove_leftovers(tmp_path)
+    assert (folder / "a").read_text() == ("new" if rename == 3 else "old")
+    assert {path.name for path in folder.parent.iterdir()} == {"adapter", ".somebody.elses.old"}
 
 
 def test_a_full_disk_is_named_when_safetensors_meets_it(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ FLOORS = (
         "precision",
         "profile",
         "rates",
+        "reserved",
         "resident",
         "catalog",
         "chat",

@@ -39,6 +39,14 @@ def test_what_bf16_can_hold_stays_as_it_is(number: float) -> None:
     assert torch.equal(target.nan_to_num(7.0), value.nan_to_num(7.0)) and torch.equal(target.isnan(), value.isnan())
 
 
+def test_the_nan_that_gpus_compute_stays_one() -> None:
+    """All its bits but the sign are set: anything added to them makes them those of -0."""
+    value = torch.full((64,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    target = torch.zeros_like(value, dtype=torch.bfloat16)
+    rounding.write(target, value)
+    assert target.isnan().all()
+
+
 def test_the_same_seed_rounds_in_the_same_way() -> None:
     def rounded() -> torch.Tensor:
         target = torch.empty(1000, dtype=torch.bfloat16)

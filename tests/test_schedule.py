@@ -10,6 +10,7 @@ import tiny
 import training
 
 from edgepeft import schedule
+from edgepeft.errors import UsageError
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
@@ -63,3 +64,11 @@ def test_stages_share_the_updates_or_have_their_own(name: str, options: dict[str
 def test_every_stage_has_an_update() -> None:
     found = schedule.legs(training.written("causal-lm", max_steps=1), tiny.method("far"), 20)
     assert [(leg.first, leg.last) for leg in found] == [(1, 1), (2, 2)]
+
+
+def test_states_in_8_bits_are_not_divided_among_devices() -> None:
+    shared = {"devices": 2, "optimizer": "adamw-8bit"}
+    schedule.check(training.written("causal-lm", strategy="ddp", **shared), tiny.method("lora"))
+    with pytest.raises(UsageError, match="adamw-8bit cannot be used with FSDP") as caught:
+        schedule.check(training.written("causal-lm", strategy="fsdp", **shared), tiny.method("lora"))
+    assert "blocks" in caught.value.cause and "strategy=ddp" in caught.value.remedy

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import OlmoConfig
 
-from edgepeft import adapter, backbone, precision
+from edgepeft import adapter, anatomy, backbone, precision
 from edgepeft.errors import UsageError
 from edgepeft.merge import to_full_precision
 from edgepeft.methods import base
@@ -107,7 +107,7 @@ def test_diff_fit_trains_biases_norms_embeddings_and_scales(family: str) -> None
     plain = tiny.load(family)
     norms = {n for n, _ in plain.model.named_parameters() if n.rpartition(".")[0] in plain.anatomy.norms}
     looked_up = {
-        n for n, _ in plain.model.named_parameters() if n.rpartition(".")[0] in selection.embeddings(plain.model)
+        n for n, _ in plain.model.named_parameters() if n.rpartition(".")[0] in anatomy.embeddings(plain.model)
     }
     biases = set(selection.biases(plain.model, plain.anatomy))
     assert set(adapter.trained(made.model)) - made.fresh == scales | norms | looked_up | biases

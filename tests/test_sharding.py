@@ -26,7 +26,7 @@ from edgepeft.catalog.fields import depth
 from edgepeft.errors import UsageError
 from edgepeft.methods import base
 from edgepeft.step import TrainingStep
-from edgepeft.surface import Configuration
+from edgepeft.surface import EIGHT_BIT, Configuration
 
 DEVICES = 3  # divides no dimension of the model: every share is padded
 MODEL = {**LLAMA, "hidden_size": 200, "head_dim": 50, "intermediate_size": 500, "vocab_size": 1001}
@@ -142,6 +142,9 @@ def test_several_devices_share_a_global_batch_in_two_ways() -> None:
     assert {each.strategy for each in small_plan(**values, methods=["adalora"], devices=4).candidates} == {"ddp"}
     with pytest.raises(UsageError, match="adalora cannot be trained by FSDP"):
         small_plan(**values, methods=["adalora"], devices=4, strategy="fsdp")
+    with pytest.raises(UsageError, match="adamw-8bit cannot be used with FSDP"):
+        small_plan(**values, devices=4, strategy="fsdp", optimizer=EIGHT_BIT)
+    assert {each.strategy for each in small_plan(**values, devices=4, optimizer=EIGHT_BIT).candidates} == {"ddp"}
     slow = small_plan(**values | {"hardware": replace(a100, interconnect=1e8)}, devices=4)
     later_ddp, later_fsdp = sorted(slow.candidates, key=lambda each: each.strategy)
     gathered, added = (4 - 1) / 4 * 2 * fsdp.bytes["weights"], 2 * (4 - 1) / 4 * ddp.bytes["gradients"]

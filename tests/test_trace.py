@@ -6,7 +6,9 @@ import contextlib
 import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import conformance
 import pytest
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from edgepeft import backbone, precision
+from edgepeft import backbone, precision, watch
 from edgepeft.methods import base
 from edgepeft.step import TrainingStep, recompute_activations
 from edgepeft.surface import KINDS
@@ -104,6 +106,25 @@ def test_what_dies_between_phases_is_gone() -> None:
     with tracker.phase("second"):
         tensor(KB)
     assert tracker.peaks()["second"].peak_bytes == KB
+
+
+def test_weights_do_not_keep_the_trackers_that_followed_them() -> None:
+    """A run watches some phases, each with a tracker of its own, and its weights live until it ends."""
+    model, phases = nn.Linear(8, 8), dict[str, int]()
+    trackers: list[weakref.ref[Tracker]] = []
+
+    def made(*, cuda: bool) -> Tracker:
+        tracker = Tracker(cuda=cuda)
+        trackers.append(weakref.ref(tracker))
+        return tracker
+
+    with mock.patch.object(watch, "Tracker", made):
+        for name in ("forward+backward", "evaluation"):
+            with watch.peak(phases, name, model):
+                model(torch.ones(4, 8))
+    assert len(trackers) == 2 and not any(tracker() for tracker in trackers)
+    assert phases["forward+backward"] == phases["evaluation"] > 9 * 8 * 4
+    del model  # whom the dead are not told of
 
 
 def test_a_phase_of_the_same_name_replaces_the_first() -> None:

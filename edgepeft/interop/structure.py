@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from edgepeft import adapter, backbone
-from edgepeft.anatomy import ROLES
+from edgepeft.anatomy import ROLES, body
 from edgepeft.backbone import Backbone
 from edgepeft.methods import base
 from edgepeft.methods.base import Method
-from edgepeft.placements.selection import embeddings
 
 
 def of(model: str, task: str, names: dict[str, Tensor]) -> Backbone:
@@ -35,7 +34,7 @@ def whole(names: Iterable[str], made: Backbone, norms: bool) -> set[str]:
 
 def loadable(name: str, made: Backbone) -> bool:
     """Whether an adapter may hold this parameter of the plain model: a head's, or one that its checkpoint may lack."""
-    parts = [*(block.path for block in made.anatomy.blocks), *made.anatomy.norms, *embeddings(made.model)]
+    parts = body(made.model, made.anatomy)
     return made.task == "classification" and not any(name.startswith(f"{part}.") for part in parts)
 
 

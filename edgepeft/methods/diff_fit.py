@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgepeft.anatomy import Anatomy
+from edgepeft.anatomy import Anatomy, embeddings
 from edgepeft.methods.base import Method, Paper
 from edgepeft.placements import delta, selection
 
@@ -32,7 +32,7 @@ class DiffFit(Method):
     learning_rate = 1e-3
 
     def inject(self, model: nn.Module, anatomy: Anatomy) -> None:
-        whole = (*anatomy.norms, *selection.embeddings(model))
+        whole = (*anatomy.norms, *embeddings(model))
         names = [n for n, _ in model.named_parameters() if any(n.startswith(f"{module}.") for module in whole)]
         for block in anatomy.blocks:
             for kind, sub_layer in block.sub_layers.items():

@@ -17,6 +17,7 @@ from edgepeft import shards
 from edgepeft.surface import CHUNK
 
 _DROPPED = 0xFFFF  # the bits of an fp32 number that bf16 has no room for
+_NAN = 0x7FC00000  # of the numbers that are not, the first: a GPU computes the last, on which noise turns into zero
 
 
 class AdamW(torch.optim.Optimizer):
@@ -73,7 +74,8 @@ def write(target: Tensor, value: Tensor) -> None:
         words = -(-value.numel() // 4)  # 64 random bits serve four numbers: drawing them is what takes time
         drawn = torch.empty(words, dtype=torch.int64, device=value.device).random_(-(2**63), None)
         noise = drawn.view(torch.int16)[: value.numel()].view(value.shape).int().bitwise_and_(_DROPPED)
-        value.view(torch.int32).add_(noise).bitwise_and_(~_DROPPED)  # what is left is exact in bf16
+        bits = value.view(torch.int32).clamp_(max=_NAN)
+        bits.add_(noise).bitwise_and_(~_DROPPED)  # what is left is exact in bf16
     target.copy_(value)
 
 

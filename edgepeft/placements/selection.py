@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from edgepeft.anatomy import Anatomy
+from edgepeft.anatomy import Anatomy, body
 
 _PARAMETRIZED = ".parametrizations."
 
@@ -47,8 +47,7 @@ def _owners(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, 
 
 def own(model: nn.Module, anatomy: Anatomy) -> list[str]:
     """The parameters of the layers, norms, embeddings and token logits: all but what sits on them to classify."""
-    parts = [*(block.path for block in anatomy.blocks), *anatomy.norms, *embeddings(model)]
-    parts += [anatomy.unembedding] if anatomy.unembedding else []
+    parts = [*body(model, anatomy), *([anatomy.unembedding] if anatomy.unembedding else [])]
     return [name for name, _ in model.named_parameters() if any(name.startswith(f"{part}.") for part in parts)]
 
 
@@ -62,11 +61,6 @@ def own_but_logits(model: Any, anatomy: Anatomy) -> list[str]:
     logits = None if head is None else head.weight
     parameters = dict(model.named_parameters())
     return [name for name in own(model, anatomy) if parameters[name] is not logits]
-
-
-def embeddings(model: nn.Module) -> list[str]:
-    """The modules that look vectors up: of tokens, positions and their like."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
 
 
 def biases(model: nn.Module, anatomy: Anatomy) -> list[str]:
