@@ -14,7 +14,7 @@ from edgepeft.errors import UsageError
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[str, typer.Option("--model", help="A folder, a GGUF file, a catalogue name or a hub id.")]
 Gpu = Annotated[str | None, typer.Option("--gpu", "--hardware", help="A profile, a .toml of your own, or auto.")]
-Gpus = Annotated[int | None, typer.Option("--gpus", help="How many GPUs of this machine share the work (DDP).")]
+Gpus = Annotated[int | None, typer.Option("--gpus", help="How many GPUs of this machine share the work (DDP, FSDP).")]
 Method = Annotated[str | None, typer.Option("--method", help="A method's name, or a dotted path.")]
 Precision = Annotated[str | None, typer.Option("--precision", help="fp32, bf16, int8 or nf4.")]
 Optimizer = Annotated[str | None, typer.Option("--optimizer", help="adamw or adamw-8bit.")]

@@ -342,10 +342,8 @@ class _Job:
         return {
             "predicted_peak_bytes": self._planned()["predicted_peak_bytes"],
             "trainable": trainable,
-            "method": self.recipe.method,
-            "precision": self.recipe.precision,
             "hardware": self.hardware.name,
-            "devices": self.recipe.devices,
+            **{name: getattr(self.recipe, name) for name in ("method", "precision", "devices", "strategy")},
         }
 
     def _planned(self) -> dict[str, Any]:

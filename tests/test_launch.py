@@ -50,7 +50,7 @@ def test_ctrl_c_and_the_same_command_again(tmp_path: Path) -> None:
     assert [event["step"] for event in training.log(out, "step")] == list(range(1, 51))
     assert {row.artefact for row in ledger.read(out / "ledger.json")} == {"base", "adapter"}
     (started,), (ended,) = training.log(out, "start"), training.log(out, "end")
-    assert started["devices"] == 2
+    assert (started["devices"], started["strategy"]) == (2, "ddp")
     assert 0 < ended["measured_peak_bytes"] <= started["predicted_peak_bytes"]  # in which every token is a target
 
 

@@ -35,8 +35,11 @@ def test_one_stage_needs_no_table(tmp_path: Path) -> None:
 
 
 def test_several_devices_are_named(tmp_path: Path) -> None:
-    assert "2, each with a copy of the model" in page(tmp_path / "run", STAGES, devices=2)
-    assert "copy of the model" not in page(tmp_path / "run", STAGES, devices=1)
+    for strategy, share in (("ddp", "a copy"), ("fsdp", "a part")):
+        text = page(tmp_path / "run", STAGES, devices=2, strategy=strategy)
+        assert f"2, each with {share} of the model" in text and text.count("of the model") == 1
+    for start in ({"devices": 2}, {"devices": 1, "strategy": None}):  # the first of an older log
+        assert "of the model" not in page(tmp_path / "run", STAGES, **start)
 
 
 def test_counts_are_shown_in_their_units(tmp_path: Path) -> None:

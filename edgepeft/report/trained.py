@@ -8,6 +8,9 @@ from statistics import median
 from edgepeft.report.figures import Series, curve, smoothed
 from edgepeft.report.markup import Html, counted, duration, join, memory, number, table, tag
 from edgepeft.report.rundir import Run
+from edgepeft.surface import DDP, FSDP
+
+_EACH = {DDP: ", each with a copy of the model", FSDP: ", each with a part of the model"}  # older logs do not say
 
 
 def training_section(run: Run) -> Html:
@@ -41,7 +44,7 @@ def _facts(run: Run, loss: list[tuple[int, float]]) -> dict[str, str]:
     facts: dict[str, str] = {}
     start, end = run.last("start"), run.last("end")
     if start.get("devices", 1) > 1:
-        facts["devices"] = f"{start['devices']}, each with a copy of the model"
+        facts["devices"] = f"{start['devices']}{_EACH.get(start.get('strategy', ''), '')}"
     if loss:
         facts["steps"] = number(loss[-1][0])
         facts["training loss"] = (
