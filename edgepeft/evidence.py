@@ -16,7 +16,7 @@ def of(method: str) -> list[str]:
         found.append("survey " + ", ".join(f"{model} {score:.1f}" for model, score in scores))
     if method in _data()["metamath"]["accuracy"]:
         low, high, count = _data()["metamath"]["accuracy"][method]
-        found.append(f"MetaMathQA {low:.1%} to {high:.1%} over {count} configurations")
+        found.append(f"MetaMathQA {low:.1%} to {high:.1%} in {count} runs")
     return found
 
 
