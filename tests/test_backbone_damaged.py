@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import tiny_tokenizers
+import transformers
 from safetensors.torch import load_file, save_file
 
 from edgepeft import backbone
