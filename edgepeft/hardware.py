@@ -52,9 +52,9 @@ class Hardware:
     devices: tuple[str, ...] = ()
     """Names under which the CUDA driver reports this device."""
     reached: Mapping[str, float] = field(default_factory=dict, hash=False)
-    """The share of the peak that kernels reach, by operation (``profile.OPERATIONS``): of FLOP/s in products and
-    attention, of bandwidth in the others, of the interconnect in sending. What moves bytes may exceed 1 where caches
-    serve. Absent: what is usual for the kind of device."""
+    """The share of the peak that kernels reach, by operation (``profile.OPERATIONS``) or by operation and dtype
+    (``attention.bf16``): of FLOP/s in products and attention, of bandwidth in the others, of the interconnect in
+    sending. What moves bytes may exceed 1 where caches serve. Absent: what is usual for the kind of device."""
     interconnect: float | None = None
     """Bytes per second that a device sends to others like it in one machine while it receives as many; absent of a GPU
     that is alone in its machine."""

@@ -108,7 +108,7 @@ _MOVES = {"matmul": "elementwise", "thin": "elementwise", "attention": "elementw
 USUAL: Mapping[str, Mapping[str, float]] = {
     "cuda": {"matmul": 0.8, "thin": 0.8, "attention": 0.5}
     | dict.fromkeys(("elementwise", "curved", "random", "dequantize", "optimizer", "requantize", "sending"), 0.8),
-    "cpu": {"matmul": 0.9, "thin": 0.4, "attention": 0.3}
+    "cpu": {"matmul": 0.9, "thin": 0.4, "attention": 0.3, "attention.fp32": 0.45, "attention.bf16": 0.13}
     | {
         "elementwise": 0.8,
         "curved": 0.35,

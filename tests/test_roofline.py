@@ -78,3 +78,13 @@ def test_every_profile_can_be_timed(name: str) -> None:
     for operation in OPERATIONS:
         assert 0 < roofline.reached(device, operation) <= 1
         assert 0 < seconds({f"{operation}.fp32": Work(1, 10**9, 10**6)}, device) < 60
+
+
+def test_a_share_of_one_dtype_comes_before_that_of_all() -> None:
+    """And what the profile states before what is usual; a dtype that is not native is computed in fp32."""
+    device = replace(hardware.load("cpu-x86-16gb"), flops={"fp32": 1e11, "bf16": 2e11})
+    assert roofline.reached(device, "attention", "fp32") != roofline.reached(device, "attention", "bf16")
+    stated = replace(device, reached={"thin": 0.3, "thin.bf16": 0.1})
+    assert roofline.reached(stated, "thin", "bf16") == 0.1
+    assert roofline.reached(stated, "thin", "fp32") == roofline.reached(stated, "thin", "fp16") == 0.3
+    assert roofline.reached(replace(device, reached={"attention": 0.2}), "attention", "fp32") == 0.2
