@@ -125,6 +125,9 @@ def measure(
         ("microbatch", microbatch, "microbatch"),
     ):
         recipes.check_count(f"measure: --{flag}", count, recipes.MOST[name])
+    flags.check_file("measure: --out", out)
+    if out is not None:
+        measuring.rows_of(out)  # what it holds is known before the work, whose result would be lost
     row = measuring.measure_model(
         backbone.resolve(model),
         hardware.load(hardware.AUTO),

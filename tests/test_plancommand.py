@@ -100,6 +100,17 @@ def test_every_machine_is_a_row_in_the_terminal_the_page_and_the_json(tiny: Path
     assert all(each["candidates"][0]["update_seconds"] > 0 for each in plans)
 
 
+def test_a_page_is_written_over_a_page_and_over_nothing_else(tiny: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(tiny), "--all-gpus", "--method", "lst", "--precision", "fp32"]
+    page, other = tmp_path / "machines.html", tmp_path / "mine.html"
+    other.write_bytes(b"<title>mine</title>\xff")
+    for _ in range(2):
+        assert plan(*arguments, "--html", str(page)).exit_code == 0
+    with pytest.raises(UsageError, match=r"--html .*mine.html is already there[^$]*Nothing in it was touched"):
+        plan(*arguments, "--html", str(other))
+    assert other.read_bytes() == b"<title>mine</title>\xff"
+
+
 def test_the_recipe_of_several_gpus_is_one_that_can_be_run(tiny: Path, tmp_path: Path) -> None:
     written = tmp_path / "recipe.toml"
     arguments = ["--gpu", "t4-16gb", "--gpus", "2", "--method", "lora", "--precision", "fp32", "--recipe", str(written)]
