@@ -119,8 +119,11 @@ def plan_model(
     )
 
 
-def check_devices(devices: int, device: Hardware) -> None:
+def check_devices(devices: int, device: Hardware, remedy: str = "Leave it out.") -> None:
     """Refuse ``--gpus`` where it says nothing.
+
+    Args:
+        remedy: what to do on a CPU.
 
     Raises:
         UsageError: see above.
@@ -128,7 +131,7 @@ def check_devices(devices: int, device: Hardware) -> None:
     if devices < 1:
         raise UsageError(f"--gpus {devices} must be positive.", "", "")
     if devices > 1 and device.kind != "cuda":
-        raise UsageError(f"{device.title} is not a GPU.", "--gpus is about GPUs only.", "Leave it out.")
+        raise UsageError(f"{device.title} is not a GPU.", "--gpus is about GPUs only.", remedy)
     if devices > 1 and not device.several:
         raise UsageError(
             f"There is no machine with {devices} x {device.name}.",
