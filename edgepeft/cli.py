@@ -103,7 +103,7 @@ def measure(
     target_len: Annotated[int, typer.Option("--target-len", min=1, help="Tokens of a target (seq2seq).")] = 128,
     microbatch: Annotated[int, typer.Option(min=1, help="Sequences of a microbatch.")] = 1,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Compute activations again.")] = False,
-    settings: flags.Set = None,
+    settings: flags.Option = None,
     out: Annotated[Path | None, typer.Option("--out", help="A .csv file that the row is added to.")] = None,
     as_json: flags.Json = False,
 ) -> None:
@@ -212,13 +212,13 @@ app.command("train", help="Plan and train only.")(_to("train"))
 
 
 @app.command()
-def merge(folder: RunFolder, settings: flags.Set = None, as_json: flags.Json = False) -> None:
+def merge(folder: RunFolder, settings: flags.Afterwards = None, as_json: flags.Json = False) -> None:
     """Merge the adapter of a run into its backbone."""
     _run(_trained(folder, settings), folder, "merge", as_json)
 
 
 @app.command()
-def export(folder: RunFolder, settings: flags.Set = None, as_json: flags.Json = False) -> None:
+def export(folder: RunFolder, settings: flags.Afterwards = None, as_json: flags.Json = False) -> None:
     """Export a trained run to ONNX and package it for the device."""
     _run(_trained(folder, settings), folder, "export", as_json)
 

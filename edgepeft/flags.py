@@ -24,6 +24,14 @@ TargetLen = Annotated[int | None, typer.Option("--target-len", help="Longest tar
 GlobalBatch = Annotated[int | None, typer.Option("--global-batch", help="Examples of one update.")]
 Recipe = Annotated[Path | None, typer.Option("--recipe", help="A recipe.toml.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe (docs/recipe.md); repeatable.")]
+Option = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="options.NAME=value of the method (see `edgepeft methods METHOD`); repeatable."),
+]
+Afterwards = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="variants, hardware, trust_remote_code, or where model and data lie now; repeatable."),
+]
 
 
 def check_file(named: str, path: Path | None) -> None:

@@ -29,7 +29,7 @@ def plan(
         str | None,
         typer.Option(
             help="A name, a dotted path, or all: every method, in the first precision that fits it well. What was never"
-            " planned before is traced, which takes about a minute for all."
+            " planned before is traced first: seconds for one method, minutes for all, and longer with --all-gpus."
         ),
     ] = None,
     precision: flags.Precision = None,
@@ -37,7 +37,7 @@ def plan(
     seq_len: flags.SeqLen = None,
     target_len: flags.TargetLen = None,
     global_batch: flags.GlobalBatch = None,
-    settings: flags.Set = None,
+    settings: flags.Option = None,
     reserve: Annotated[float, typer.Option(min=0, help="GiB of the device to leave to others.")] = 0.0,
     objective: Annotated[str, typer.Option(help="What decides among what fits: quality, memory or speed.")] = "quality",
     examples: Annotated[int | None, typer.Option(help="Training examples: estimates hours for the job.")] = None,

@@ -120,6 +120,15 @@ def test_the_recipe_of_several_gpus_is_one_that_can_be_run(tiny: Path, tmp_path:
     schedule.check(made, base.create("lora"))
 
 
+@pytest.mark.parametrize(
+    ("command", "takes"),
+    [("plan", "options.NAME"), ("measure", "options.NAME"), ("run", "key=value"), ("merge", "variants")],
+)
+def test_help_says_what_a_command_can_be_set(command: str, takes: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
+    assert takes in next(line for line in shown.splitlines() if "--set" in line)
+
+
 def test_a_recipe_that_is_there_stays_as_it_is(tiny: Path, tmp_path: Path) -> None:
     written = tmp_path / "recipe.toml"
     asked = ["--model", str(tiny), "--gpu", "t4-16gb", "--method", "lora", "--precision", "fp32"]
@@ -345,3 +354,27 @@ def test_an_architecture_that_is_not_known_is_refused_before_anything_is_traced(
     monkeypatch.setattr(traces, "find", lambda *anything: pytest.fail("it is traced"))
     with pytest.raises(UsageError, match=f"(?i){kind}"):
         plan("--model", str(tmp_path), "--gpu", "t4-16gb")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--method", "lora", "--set", "options.targets=foo"], "no target 'foo'"),
+        (["--method", "lora", "--set", "options.rank=5000", "--set", "options.rank=6000"], "rank = 5000"),
+        (["--task", "causal-lm"], "not trained for causal-lm here"),
+    ],
+)
+def test_what_a_listed_model_cannot_do_is_refused_before_anything_is_traced(
+    arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traces, "find", lambda *anything: pytest.fail("it is traced"))
+    with pytest.raises(UsageError, match=told):
+        plan("--model", "t5-base", "--gpu", "t4-16gb", *arguments)
+
+
+def test_what_only_some_precisions_or_values_allow_is_planned(tiny: Path) -> None:
+    asked = ["--model", str(tiny), "--gpu", "t4-16gb", "--method", "lora"]
+    found = planned(*asked, "--set", "options.loftq=1")
+    assert {each["precision"] for each in found["candidates"]} == {"nf4", "int8"}
+    found = planned(*asked, "--precision", "fp32", "--set", "options.rank=4", "--set", "options.rank=5000")
+    assert {each["options"]["rank"] for each in found["candidates"]} == {4}
