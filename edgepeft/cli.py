@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -102,7 +103,7 @@ def measure(
     target_len: Annotated[int, typer.Option("--target-len", min=1, help="Tokens of a target (seq2seq).")] = 128,
     microbatch: Annotated[int, typer.Option(min=1, help="Sequences of a microbatch.")] = 1,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Compute activations again.")] = False,
-    settings: flags.Set = None,
+    settings: flags.Option = None,
     out: Annotated[Path | None, typer.Option("--out", help="A .csv file that the row is added to.")] = None,
     as_json: flags.Json = False,
 ) -> None:
@@ -125,6 +126,9 @@ def measure(
         ("microbatch", microbatch, "microbatch"),
     ):
         recipes.check_count(f"measure: --{flag}", count, recipes.MOST[name])
+    flags.check_file("measure: --out", out)
+    if out is not None:
+        measuring.rows_of(out)  # what it holds is known before the work, whose result would be lost
     row = measuring.measure_model(
         backbone.resolve(model),
         hardware.load(hardware.AUTO),
@@ -194,7 +198,8 @@ def _to(until: str) -> Callable[..., None]:
         if gpus is not None:
             from edgepeft import hardware, planning
 
-            planning.check_devices(gpus, hardware.load(values.get("hardware", hardware.AUTO)))
+            remedy = f"Leave it out, or share the cores among {gpus} processes: --set devices={gpus}."
+            planning.check_devices(gpus, hardware.load(values.get("hardware", hardware.AUTO)), remedy)
         _run(values, out, until, as_json)
 
     return command
@@ -207,13 +212,13 @@ app.command("train", help="Plan and train only.")(_to("train"))
 
 
 @app.command()
-def merge(folder: RunFolder, settings: flags.Set = None, as_json: flags.Json = False) -> None:
+def merge(folder: RunFolder, settings: flags.Afterwards = None, as_json: flags.Json = False) -> None:
     """Merge the adapter of a run into its backbone."""
     _run(_trained(folder, settings), folder, "merge", as_json)
 
 
 @app.command()
-def export(folder: RunFolder, settings: flags.Set = None, as_json: flags.Json = False) -> None:
+def export(folder: RunFolder, settings: flags.Afterwards = None, as_json: flags.Json = False) -> None:
     """Export a trained run to ONNX and package it for the device."""
     _run(_trained(folder, settings), folder, "export", as_json)
 
@@ -268,6 +273,11 @@ def main() -> None:
         sys.exit(EdgePeftError.exit_code)
 
 
+# What a run that is trained still takes: what is made of it, and where things lie. The workspace checks the latter.
+_OPEN = ("variants", "hardware", "trust_remote_code", "model", "data", "validation")
+_UNSAID = ("lr", "max_steps", "patience")  # settled too, though they may have no value
+
+
 def _trained(folder: Path, settings: Sequence[str] | None) -> dict[str, Any]:
     """The recipe of a run that was trained to its end, with settings of this call."""
     from edgepeft import recipe as recipes
@@ -277,8 +287,17 @@ def _trained(folder: Path, settings: Sequence[str] | None) -> dict[str, Any]:
         raise UsageError(f"There is no run in {folder}.", "It has no recipe.toml.", "Start one with `edgepeft run`.")
     recipes.check_trained(folder)
     values = recipes.read(path)
+    before = recipes.create(copy.deepcopy(values))
     for setting in settings or []:
         recipes.assign(values, setting)
+    wanted = recipes.create(values)
+    settled = [name for name, was in vars(before).items() if was is not None and name not in _OPEN] + [*_UNSAID]
+    if late := sorted({name for name in settled if getattr(before, name) != getattr(wanted, name)}):
+        raise UsageError(
+            f"The run in {folder} is trained; {', '.join(late)} cannot change any more.",
+            "--set takes variants and hardware here, and where its model and data lie now.",
+            f"Leave it out, or train another run: edgepeft run --recipe {path} --out OTHER, with --set.",
+        )
     return values
 
 

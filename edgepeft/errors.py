@@ -48,7 +48,9 @@ def beside(path: str | Path) -> list[str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A remedy that names the entries of ``known`` closest to ``name``, or all of them when none is close."""
+    """A remedy that names the entries of ``known`` closest to ``name`` or with it in them, or all if there are none."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3)
-    return f"Did you mean {', '.join(close)}?" if close else f"Known: {', '.join(names)}."
+    longer = [each for each in names if name and name.casefold() in each.casefold()]  # 4090 is typed for rtx-4090-24gb
+    near = list(dict.fromkeys([*close, *longer]))[:5]
+    return f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(names)}."

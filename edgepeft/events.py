@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from edgepeft import reserved, resident
@@ -71,7 +72,7 @@ def progress_bar(total: int, done: int, *, shown: bool) -> Iterator[Callable[[Ma
         TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} tokens/s  {task.fields[memory]:.2f} GiB"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, disable=not shown) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:  # stdout is for results alone
         task = bar.add_task("train", total=total, completed=done, loss=0.0, speed=0.0, memory=0.0)
 
         def advance(event: Mapping[str, Any]) -> None:

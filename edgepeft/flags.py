@@ -24,6 +24,28 @@ TargetLen = Annotated[int | None, typer.Option("--target-len", help="Longest tar
 GlobalBatch = Annotated[int | None, typer.Option("--global-batch", help="Examples of one update.")]
 Recipe = Annotated[Path | None, typer.Option("--recipe", help="A recipe.toml.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe (docs/recipe.md); repeatable.")]
+Option = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="options.NAME=value of the method (see `edgepeft methods METHOD`); repeatable."),
+]
+Afterwards = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="variants, hardware, trust_remote_code, or where model and data lie now; repeatable."),
+]
+
+
+def check_file(named: str, path: Path | None) -> None:
+    """Refuse what no file can be written to, before work whose result would be lost.
+
+    Args:
+        named: the command and its flag.
+
+    Raises:
+        UsageError: see above.
+    """
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        why = "It is a folder." if path.is_dir() else f"There is no folder {path.absolute().parent}."
+        raise UsageError(f"{named} {path} cannot be written.", why, "Give the name of a file.")
 
 
 class Commands(TyperGroup):

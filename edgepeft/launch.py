@@ -50,7 +50,7 @@ def usable(hardware: Hardware, devices: int) -> Hardware:
         raise UsageError(
             f"This machine has no CUDA device, and {hardware.name} is one.",
             "",
-            "`edgepeft plan` plans for other hardware; to run here, leave --gpu out.",
+            "`edgepeft plan` plans for other hardware; to run here, --set hardware=auto (over --gpu and recipe).",
         )
     if hardware.kind == "cuda" and devices > (there := torch.cuda.device_count()):
         raise UsageError(

@@ -151,13 +151,25 @@ def _check_room(name: str, configuration: Configuration, hardware: Hardware, pea
     )
 
 
+def rows_of(path: Path) -> str:
+    """The text of a file that rows can be added to; of one that is not there, none.
+
+    Raises:
+        UsageError: it holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} holds no rows.", "It is not UTF-8 text.", "Give another file.") from error
+    if text and text.partition("\n")[0] != ",".join(COLUMNS):
+        raise UsageError(f"{path} holds other rows.", "Its first line is another header.", "Give another file.")
+    return text
+
+
 def append(path: Path, row: dict[str, Any]) -> None:
     """Add a row to a file of them, which is made if it is not there."""
-    text = io.StringIO()
+    before, text = rows_of(path), io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    if before and before.partition("\n")[0] != ",".join(COLUMNS):
-        raise UsageError(f"{path} holds other rows.", "Its first line is another header.", "Give another file.")
     if not before:
         writer.writeheader()
     writer.writerow(row)

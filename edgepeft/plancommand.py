@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import typer
 
 from edgepeft import flags
 from edgepeft.errors import EdgePeftError, UsageError
+from edgepeft.report import heatmap
 
 if TYPE_CHECKING:
     from edgepeft.plan import Plan
@@ -28,7 +29,7 @@ def plan(
         str | None,
         typer.Option(
             help="A name, a dotted path, or all: every method, in the first precision that fits it well. What was never"
-            " planned before is traced, which takes about a minute for all."
+            " planned before is traced first: seconds for one method, minutes for all, and longer with --all-gpus."
         ),
     ] = None,
     precision: flags.Precision = None,
@@ -36,7 +37,7 @@ def plan(
     seq_len: flags.SeqLen = None,
     target_len: flags.TargetLen = None,
     global_batch: flags.GlobalBatch = None,
-    settings: flags.Set = None,
+    settings: flags.Option = None,
     reserve: Annotated[float, typer.Option(min=0, help="GiB of the device to leave to others.")] = 0.0,
     objective: Annotated[str, typer.Option(help="What decides among what fits: quality, memory or speed.")] = "quality",
     examples: Annotated[int | None, typer.Option(help="Training examples: estimates hours for the job.")] = None,
@@ -78,16 +79,8 @@ def plan(
     _needs("--epochs", epochs, "--examples or --recipe", examples is not None or recipe is not None)
     _alone("--json", as_json, {"--markdown": markdown or None}, "Both are printed to the same place.")
 
-    for flag, path in (("--recipe", recipe), ("--html", html)):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            why = "It is a folder." if path.is_dir() else f"There is no folder {path.absolute().parent}."
-            raise UsageError(f"plan: {flag} {path} cannot be written.", why, "Give the name of a file.")
-    if recipe is not None and recipe.exists():
-        raise UsageError(
-            f"plan: --recipe {recipe} is already there.",
-            "Nothing in it was touched.",
-            "Give another name, or delete it.",
-        )
+    _check_new("--recipe", recipe, lambda there: False)
+    _check_new("--html", html, heatmap.is_page)
 
     from edgepeft import alternatives, hardware, planning, planpage, tables
     from edgepeft import recipe as recipes
@@ -147,7 +140,6 @@ def plan(
 
 def _machines(plans: Sequence[Plan], html: Path | None, as_json: bool) -> None:
     from edgepeft import tables
-    from edgepeft.report import heatmap
 
     plain = [each.as_json() for each in plans]
     if html is not None:
@@ -206,6 +198,17 @@ def _alone(flag: str, given: bool, others: Mapping[str, Any], why: str) -> None:
 def _needs(flag: str, value: Any, other: str, given: bool) -> None:
     if value is not None and not given:
         raise UsageError(f"plan: {flag} says nothing without {other}.", "", f"Add {other}, or leave {flag} out.")
+
+
+def _check_new(flag: str, path: Path | None, replaceable: Callable[[Path], bool]) -> None:
+    """Refuse what cannot be written, and a file that is there, unless it may be replaced."""
+    flags.check_file(f"plan: {flag}", path)
+    if path is not None and path.exists() and not replaceable(path):
+        raise UsageError(
+            f"plan: {flag} {path} is already there.",
+            "Nothing in it was touched.",
+            "Give another name, or delete it.",
+        )
 
 
 def _print_json(value: Any) -> None:

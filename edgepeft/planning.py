@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgepeft import catalog, hardware, traces
+from edgepeft import catalog, hardware, tasks, traces
 from edgepeft import recipe as recipes
 from edgepeft.candidate import usable_microbatch
 from edgepeft.catalog.fields import positions, positions_left
@@ -19,6 +19,9 @@ from edgepeft.plan import PREFERRED, GiB, Plan, plan
 from edgepeft.recipe import PRECISIONS, Recipe
 from edgepeft.surface import OPTIMIZERS
 from edgepeft.tasks import TASKS
+
+if TYPE_CHECKING:
+    from edgepeft.methods.base import Method
 
 DEFAULT_TOKENS, DEFAULT_TARGET_TOKENS, DEFAULT_GLOBAL_BATCH = traces.TOKENS, traces.TARGET_TOKENS, 16
 DEFAULT_EPOCHS = 1.0
@@ -119,8 +122,11 @@ def plan_model(
     )
 
 
-def check_devices(devices: int, device: Hardware) -> None:
+def check_devices(devices: int, device: Hardware, remedy: str = "Leave it out.") -> None:
     """Refuse ``--gpus`` where it says nothing.
+
+    Args:
+        remedy: what to do on a CPU.
 
     Raises:
         UsageError: see above.
@@ -128,7 +134,7 @@ def check_devices(devices: int, device: Hardware) -> None:
     if devices < 1:
         raise UsageError(f"--gpus {devices} must be positive.", "", "")
     if devices > 1 and device.kind != "cuda":
-        raise UsageError(f"{device.title} is not a GPU.", "--gpus is about GPUs only.", "Leave it out.")
+        raise UsageError(f"{device.title} is not a GPU.", "--gpus is about GPUs only.", remedy)
     if devices > 1 and not device.several:
         raise UsageError(
             f"There is no machine with {devices} x {device.name}.",
@@ -250,15 +256,40 @@ def _taken(method: str | None, options: Mapping[str, Any], tokens: int | None, f
 def _refuse(
     model: str, fields: Mapping[str, Any], task: str, method: str | None, options: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Refuse in seconds what would be refused once traces have begun: an architecture, or a method from elsewhere."""
+    """Refuse in seconds what would be refused once traces have begun: a task, an architecture, or all that is asked of
+    a method.
+    """
+    known = catalog.entry(model)
+    if known is not None:  # its architecture is one of ours
+        tasks.check_usual(str(fields["model_type"]), known["_edgepeft"]["task"], task)
     strange = method is not None and "." in method and path_of(method) is None
-    if catalog.entry(model) is not None and not strange:
+    if known is not None and not strange and not any(options):
+        return  # without torch
+    if not strange and not any(options):
+        from edgepeft import probe
+
+        probe.refuse(fields, task, None)
         return
-    from edgepeft import probe
     from edgepeft.methods import base
 
-    for made in [base.create(str(method), each) for each in options] if strange else [None]:
+    refused = [_refusal(fields, task, base.create(str(method), each)) for each in options]
+    if all(refused):  # otherwise there is a plan, which says what it left out
+        raise next(filter(None, refused))
+
+
+def _refusal(fields: Mapping[str, Any], task: str, made: Method) -> UsageError | None:
+    """What speaks against a method on a model, if anything does whatever the precision."""
+    from edgepeft import probe
+
+    try:
+        made.check("bf16")
+    except UsageError:
+        return None  # it is one of another precision, as LoftQ is
+    try:
         probe.refuse(fields, task, made)
+    except UsageError as error:
+        return error
+    return None
 
 
 def _model(name: str, trust_remote_code: bool) -> tuple[dict[str, Any], str]:
@@ -266,7 +297,7 @@ def _model(name: str, trust_remote_code: bool) -> tuple[dict[str, Any], str]:
     known = None if Path(name).is_dir() or name.endswith(".gguf") else catalog.entry(name)
     if known is not None:
         return {field: value for field, value in known.items() if not field.startswith("_")}, known["_edgepeft"]["task"]
-    from edgepeft import backbone, tasks
+    from edgepeft import backbone
 
     config = backbone.config(backbone.resolve(name), trust_remote_code=trust_remote_code)
     return backbone.as_fields(config), tasks.usual_task(config)

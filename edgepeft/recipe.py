@@ -114,7 +114,9 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(Recipe).items():
             value = getattr(self, name)
-            if not _fits(value, hint) or (isinstance(value, float) and not math.isfinite(value)):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"recipe: {name} = {value} is no number to count with.", "", "Give a finite one.")
+            if not _fits(value, hint):
                 raise UsageError(
                     f"recipe: {name} = {_shown(value)} is not of the right type.",
                     f"Expected {in_words(hint)}.",
@@ -138,8 +140,13 @@ class Recipe:
         for name, most in MOST.items():
             if (getattr(self, name) or 0) > most:
                 raise UsageError(f"recipe: {name} = {getattr(self, name)} is too large.", "", f"Give at most {most:,}.")
-        if not 0 <= self.warmup < 1 or not 0 < self.validation_fraction < 1:
-            raise UsageError("recipe: warmup and validation_fraction are shares between 0 and 1.", "", "")
+        for name, fits in (("warmup", 0 <= self.warmup < 1), ("validation_fraction", 0 < self.validation_fraction < 1)):
+            if not fits:
+                raise UsageError(
+                    f"recipe: {name} = {getattr(self, name)} is not a share between 0 and 1.",
+                    "",
+                    f"A tenth, for instance, is {name}=0.1",
+                )
         for value, known in (
             (self.schedule, ("cosine", "linear")),
             (self.optimizer or ADAMW, OPTIMIZERS),
@@ -221,6 +228,10 @@ def read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"There is no recipe {path}.", "", "`edgepeft plan --recipe FILE` writes one.") from error
+    except IsADirectoryError as error:
+        inside = path / "recipe.toml"
+        remedy = f"Did you mean {inside}?" if inside.is_file() else "Give the name of a file."
+        raise UsageError(f"The recipe {path} cannot be read.", "It is a folder.", remedy) from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"The recipe {path} cannot be read.", str(error), "Recipes are TOML files.") from error
 

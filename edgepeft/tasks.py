@@ -51,11 +51,18 @@ def check(configuration: PretrainedConfig, task: str) -> None:
     """
     if task not in TASKS:
         raise UsageError(f"There is no task {task!r}.", "", nearest(task, TASKS))
-    refused = _REFUSED.get((default_task(configuration), task))
-    if refused is None or getattr(configuration, "is_decoder", False):  # an encoder may be set up to decode
-        return
-    why, remedy = refused
-    raise UsageError(f"A {configuration.model_type} model is not trained for {task} here.", why, remedy)
+    if not getattr(configuration, "is_decoder", False):  # an encoder may be set up to decode
+        check_usual(configuration.model_type, default_task(configuration), task)
+
+
+def check_usual(kind: str, usual: str, task: str) -> None:
+    """The same, of a kind of model whose usual task is known: it needs neither torch nor transformers.
+
+    Raises:
+        UsageError: models of this kind are not trained for the task.
+    """
+    if refused := _REFUSED.get((usual, task)):
+        raise UsageError(f"A {kind} model is not trained for {task} here.", *refused)
 
 
 _ENCODER = "It is an encoder: each of its positions sees the answer it should predict."

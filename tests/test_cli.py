@@ -63,7 +63,14 @@ def test_methods_as_json() -> None:
             ["plan", "--model", MINILM, "--method", "prompt_tuning", "--set", "options.length=512"],
             ["no room", "takes 512 positions", "the model has 512"],
         ),
-        (["run", "--model", MINILM, "--data", DATA, "--out", "out", "--gpu", "a100-40gb"], ["no CUDA device"]),
+        (
+            ["run", "--model", MINILM, "--data", DATA, "--out", "out", "--gpu", "a100-40gb"],
+            ["no CUDA device", "to run here, --set hardware=auto"],
+        ),
+        (
+            ["train", "--model", MINILM, "--data", DATA, "--out", "out", "--gpu", "cpu-x86-16gb", "--gpus", "2"],
+            ["is not a GPU", "Leave it out, or share the cores among 2 processes: --set devices=2"],
+        ),
         (
             ["run", "--model", MINILM, "--data", DATA, "--out", "out", "--method", "qlora", "--precision", "bf16"],
             ["means nf4"],
@@ -90,6 +97,15 @@ def test_what_is_not_trained_yet_is_not_merged_or_exported(command: str, tmp_pat
     (tmp_path / "recipe.toml").write_text(f'model = "{MINILM}"\ndata = "{DATA}"\nmethod = "lora"\n')
     refused(edgepeft(command, tmp_path), 2, "is not trained to its end", "edgepeft train --recipe")
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_what_training_settled_is_not_set_afterwards(command: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(f'model = "{MINILM}"\ndata = "{DATA}"\nmethod = "lora"\nseed = 3\n')
+    (tmp_path / "adapter").mkdir()
+    settings = ["--set", "lr=0.1", "--set", "variants=int4", "--set", "seed=3", "--set", "options.rank=2"]
+    refused(edgepeft(command, tmp_path, *settings), 2, "is trained; lr, options cannot change", "train another run")
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "recipe.toml"}
 
 
 @pytest.mark.parametrize("more", [[], ["--data", DATA]])

@@ -86,3 +86,10 @@ def test_memory_grows_with_what_is_held() -> None:
     held = torch.ones(512 << 20, dtype=torch.uint8)  # far more than the system may take from an idle process meanwhile
     assert events.memory_bytes(cpu) - before > 256 << 20
     del held
+
+
+def test_the_bar_leaves_standard_output_to_results(capfd: pytest.CaptureFixture[str]) -> None:
+    with events.progress_bar(2, 0, shown=True) as advance:
+        advance({"loss": 0.5, "tokens_per_second": 10.0, "memory_bytes": 2**30})
+    told = capfd.readouterr()
+    assert "loss 0.500" in told.err and not told.out

@@ -108,6 +108,15 @@ def test_hardware_can_be_a_cache_key() -> None:
     assert len({load("t4-16gb"), load("t4-16gb"), load("l4-24gb")}) == 2
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("t4", "t4-16gb"), ("4090", "rtx-4090-24gb"), ("RTX-4090", "rtx-4090-24gb")]
+)
+def test_a_part_of_a_name_suggests_what_has_it(typed: str, meant: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        hardware.load(typed)
+    assert caught.value.remedy.startswith("Did you mean ") and meant in caught.value.remedy
+
+
 def test_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(UsageError) as caught:
         load("A100-40")

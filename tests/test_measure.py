@@ -77,6 +77,28 @@ def test_rows_add_up(tmp_path: Path) -> None:
         assert list(csv.DictReader(file)) == [row, row]
 
 
+@pytest.mark.parametrize(
+    ("name", "holds", "told"),
+    [
+        ("rows.csv", b"a,b\n1,2\n", "holds other rows"),
+        ("rows.csv", b"\xff\xfe", "not UTF-8"),
+        ("", None, "cannot be written[^$]*is a folder"),
+        ("missing/rows.csv", None, "cannot be written[^$]*no folder .*missing"),
+    ],
+)
+def test_where_no_row_can_go_is_refused_before_any_work(
+    name: str, holds: bytes | None, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "measure_model", lambda *anything, **more: pytest.fail("it is measured"))
+    out = tmp_path / name
+    if holds is not None:
+        out.write_bytes(holds)
+    with pytest.raises(UsageError, match=told):
+        command = ["measure", "--model", "gpt2", "--method", "lora", "--out", str(out)]
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    assert holds is None or out.read_bytes() == holds
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(tmp_path: Path) -> None:

@@ -100,6 +100,17 @@ def test_every_machine_is_a_row_in_the_terminal_the_page_and_the_json(tiny: Path
     assert all(each["candidates"][0]["update_seconds"] > 0 for each in plans)
 
 
+def test_a_page_is_written_over_a_page_and_over_nothing_else(tiny: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(tiny), "--all-gpus", "--method", "lst", "--precision", "fp32"]
+    page, other = tmp_path / "machines.html", tmp_path / "mine.html"
+    other.write_bytes(b"<title>mine</title>\xff")
+    for _ in range(2):
+        assert plan(*arguments, "--html", str(page)).exit_code == 0
+    with pytest.raises(UsageError, match=r"--html .*mine.html is already there[^$]*Nothing in it was touched"):
+        plan(*arguments, "--html", str(other))
+    assert other.read_bytes() == b"<title>mine</title>\xff"
+
+
 def test_the_recipe_of_several_gpus_is_one_that_can_be_run(tiny: Path, tmp_path: Path) -> None:
     written = tmp_path / "recipe.toml"
     arguments = ["--gpu", "t4-16gb", "--gpus", "2", "--method", "lora", "--precision", "fp32", "--recipe", str(written)]
@@ -107,6 +118,15 @@ def test_the_recipe_of_several_gpus_is_one_that_can_be_run(tiny: Path, tmp_path:
     made = recipe.create(recipe.read(written))
     assert made.devices == 2 and made.microbatch == 8
     schedule.check(made, base.create("lora"))
+
+
+@pytest.mark.parametrize(
+    ("command", "takes"),
+    [("plan", "options.NAME"), ("measure", "options.NAME"), ("run", "key=value"), ("merge", "variants")],
+)
+def test_help_says_what_a_command_can_be_set(command: str, takes: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
+    assert takes in next(line for line in shown.splitlines() if "--set" in line)
 
 
 def test_a_recipe_that_is_there_stays_as_it_is(tiny: Path, tmp_path: Path) -> None:
@@ -334,3 +354,27 @@ def test_an_architecture_that_is_not_known_is_refused_before_anything_is_traced(
     monkeypatch.setattr(traces, "find", lambda *anything: pytest.fail("it is traced"))
     with pytest.raises(UsageError, match=f"(?i){kind}"):
         plan("--model", str(tmp_path), "--gpu", "t4-16gb")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--method", "lora", "--set", "options.targets=foo"], "no target 'foo'"),
+        (["--method", "lora", "--set", "options.rank=5000", "--set", "options.rank=6000"], "rank = 5000"),
+        (["--task", "causal-lm"], "not trained for causal-lm here"),
+    ],
+)
+def test_what_a_listed_model_cannot_do_is_refused_before_anything_is_traced(
+    arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traces, "find", lambda *anything: pytest.fail("it is traced"))
+    with pytest.raises(UsageError, match=told):
+        plan("--model", "t5-base", "--gpu", "t4-16gb", *arguments)
+
+
+def test_what_only_some_precisions_or_values_allow_is_planned(tiny: Path) -> None:
+    asked = ["--model", str(tiny), "--gpu", "t4-16gb", "--method", "lora"]
+    found = planned(*asked, "--set", "options.loftq=1")
+    assert {each["precision"] for each in found["candidates"]} == {"nf4", "int8"}
+    found = planned(*asked, "--precision", "fp32", "--set", "options.rank=4", "--set", "options.rank=5000")
+    assert {each["options"]["rank"] for each in found["candidates"]} == {4}

@@ -91,7 +91,7 @@ def test_settings_that_cannot_be_made(setting: str, part: str) -> None:
         ({"columns": {"text": 1}}, r'columns = {"text": 1} is not of the right type'),
         ({"variants": [8]}, r"variants = \[8\] is not of the right type"),
         ({"hardware": datetime.date(2024, 1, 1)}, 'hardware = "2024-01-01" is not of the right type'),
-        ({"lr": float("nan")}, "lr = nan"),
+        ({"lr": float("nan")}, "lr = nan is no number to count with[^$]*finite"),
         ({"epochs": float("inf")}, "epochs = inf"),
         ({"microbatch": 0}, "microbatch = 0 must be positive"),
         ({"max_steps": 0}, "max_steps = 0 must be positive"),
@@ -108,8 +108,8 @@ def test_settings_that_cannot_be_made(setting: str, part: str) -> None:
         ({"epochs": 1e308}, r"epochs = 1e\+308 is too large"),
         ({"epochs": 10**400}, "epochs = 1000+ is too large"),
         ({"weight_decay": -0.1}, "weight_decay = -0.1 must not be negative"),
-        ({"warmup": 1.0}, "shares between 0 and 1"),
-        ({"validation_fraction": 0.0}, "shares between 0 and 1"),
+        ({"warmup": 1.0}, "warmup = 1.0 is not a share between 0 and 1"),
+        ({"validation_fraction": 0.0}, "validation_fraction = 0.0 is not a share between 0 and 1"),
         ({"schedule": "cosin"}, "'cosin' is not known here"),
         ({"variants": ["int9"]}, "'int9' is not known here"),
     ],
@@ -175,3 +175,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="cannot be read"):
         recipe.read(tmp_path / "binary.toml")
+    with pytest.raises(UsageError, match="cannot be read[^$]*It is a folder[^$]*name of a file"):
+        recipe.read(tmp_path)
+    (tmp_path / "recipe.toml").touch()
+    with pytest.raises(UsageError, match=rf"Did you mean {tmp_path / 'recipe.toml'}\?"):
+        recipe.read(tmp_path)

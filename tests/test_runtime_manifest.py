@@ -62,6 +62,7 @@ def test_a_truncated_or_missing_file_is_named(copy: Path) -> None:
         ({"task": "classification"}, "needs 'labels'"),
         ({"files": {}}, "encoder.onnx, decoder.onnx, tokenizer.json, which it omits"),
         ({"model": ...}, "lacks 'model'"),
+        ({"max_tokens": -5}, "manifest.json is malformed[^$]*'max_tokens' is -5"),
         ({"template": {}}, "'template' is neither"),
         ({"template": {"kind": "chat", "roles": {"user": ["<user>"]}}}, "'template' is neither"),
         ({"template": {**exported.CHAT, "roles": {"user": ["<user>"]}}}, "'template' is neither"),
@@ -101,8 +102,10 @@ def test_a_link_cannot_point_outside_its_folder(copy: Path) -> None:
 
 
 def test_a_wrong_path_is_a_usage_error_with_a_hint(copy: Path) -> None:
-    with pytest.raises(UsageError, match=r"copi is not a folder[^$]*Did you mean copy\?"):
+    with pytest.raises(UsageError, match=rf"no folder .*copi[^$]*Device folders beside it: {copy}\."):
         Device.load(copy.with_name("copi"))
+    with pytest.raises(UsageError, match=r"README.md is not a folder[^$]*It is a file"):
+        Device.load(copy / README)
     run = copy.parent / "run"
     shutil.copytree(copy, run / "device")
     with pytest.raises(UsageError, match=rf"not a device folder[^$]*Did you mean {run / 'device'}\?"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -26,6 +27,14 @@ def write(plans: Sequence[Plan], path: Path) -> None:
     page = Template(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     title = tag("title", f"edgepeft: {model} on {counted(len(plans), 'machine')}")
     write_text(path, page.substitute(title=title, body=body(plans)))
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page of ``write``, going by its title: one that may be written anew."""
+    if not path.is_file():
+        return False
+    start = path.read_bytes()[:2000].decode("utf-8", errors="replace")
+    return re.search(r"<title>edgepeft: .* on [\d,]+ machines?</title>", start) is not None
 
 
 def body(plans: Sequence[Plan]) -> Html:

@@ -95,9 +95,12 @@ def read(directory: Path) -> Manifest:
 def _folder_of(directory: Path) -> Path:
     """``directory`` if it holds a manifest; otherwise an error that says what is wrong with it."""
     if not directory.is_dir():
-        beside = [path.parent.name for path in directory.parent.glob(f"*/{MANIFEST}")]
-        remedy = nearest(directory.name, beside) if beside else _PASS_ANOTHER
-        raise UsageError(f"{directory} is not a folder.", f"The search began in {Path.cwd()}.", remedy)
+        beside = sorted(str(path.parent) for path in directory.parent.glob(f"*/{MANIFEST}"))
+        remedy = f"Device folders beside it: {', '.join(beside)}." if beside else _PASS_ANOTHER
+        if directory.exists():
+            raise UsageError(f"{directory} is not a folder.", "It is a file.", remedy)
+        where = "" if directory.is_absolute() else f"It was looked for in {Path.cwd()}."
+        raise UsageError(f"There is no folder {directory}.", where, remedy)
     if not (directory / MANIFEST).is_file():
         inside = directory / "device"
         remedy = f"Did you mean {inside}?" if (inside / MANIFEST).is_file() else _PASS_ANOTHER
@@ -135,6 +138,8 @@ def _parse(path: Path) -> Manifest:
         raise EdgePeftError(f"{path} has the unknown task {manifest.task!r}.", "", nearest(manifest.task, GRAPHS))
     if not is_whole(manifest.template):
         raise _malformed(path, "'template' is neither plain text's nor a whole chat's")
+    if manifest.max_tokens < 1:
+        raise _malformed(path, f"'max_tokens' is {manifest.max_tokens}, and must be above 0")
     if manifest.task == "classification" and not manifest.labels:
         raise _malformed(path, "a classifier needs 'labels'")
     if manifest.task == "seq2seq" and manifest.decoder_start_token_id is None:
