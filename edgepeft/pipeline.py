@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,11 @@ from edgepeft import (
     precision,
     probe,
     report,
-    resident,
+    runplan,
     schedule,
     shards,
     watch,
+    whole,
 )
 from edgepeft import merge as merging
 from edgepeft import recipe as recipes
@@ -48,7 +48,6 @@ from edgepeft.methods import base
 from edgepeft.placements import eight_bit
 from edgepeft.ranks import ALONE, Ranks
 from edgepeft.recipe import Recipe
-from edgepeft.runplan import RunPlan
 from edgepeft.surface import EIGHT_BIT
 from edgepeft.tasks import check as check_task
 from edgepeft.workspace import Workspace
@@ -153,7 +152,9 @@ class _Job:
             recipes.write(self.recipe, self.space.recipe)  # what was moved, and what may differ, is found there next
             self.say(f"plan: {self.recipe.choice} (as before)")
             return
-        planned = RunPlan(backbone.as_fields(self.config), self.data, self.hardware, whole=self.until != "train")
+        planned = runplan.RunPlan(
+            backbone.as_fields(self.config), self.data, self.hardware, whole=self.until != "train"
+        )
         self.recipe, found, why = planned.decide(self.recipe)
         write_json(self.space.plan, found)
         recipes.write(self.recipe, self.space.recipe)
@@ -248,9 +249,7 @@ class _Job:
         """Merge into a Hugging Face folder, if the method merges."""
         method = base.create(self._needs("method"), self.recipe.options)
         inputs = self._after_training()
-        merged = any(row.kept and row.artefact.startswith("merged") for row in ledger.read(self.space.ledger))
-        if self.space.done("merge", inputs) and (self.space.merged.exists() or not merged):
-            self.say("merge: done before")
+        if self._is_done("merge", inputs, whole.merged):
             return
         self.say("merge: measuring it before and after")
         self.device = device_after("merge", self.hardware, self._planned(), self.say)
@@ -288,8 +287,7 @@ class _Job:
     def export(self) -> None:
         """Export to ONNX, hold every variant against the model before it, and package the best for the device."""
         inputs = fingerprint(self._after_training(), sorted(self.recipe.variants))
-        if self.space.done("export", inputs) and self.space.device.exists():
-            self.say("export: done before")
+        if self._is_done("export", inputs, whole.exported):
             return
         self.device = device_after("export", self.hardware, self._planned(), self.say)
         with watch.rise(self.held, "exporting", self.device):
@@ -297,15 +295,16 @@ class _Job:
         self._note_memory()
         self.space.finish("export", inputs)
 
+    def _is_done(self, stage: str, inputs: str, wrong: Callable[[Workspace], str]) -> bool:
+        """Whether a stage was done with these inputs, and what it left is whole; says so, or why it is done again."""
+        if not self.space.done(stage, inputs):
+            return False
+        why = wrong(self.space)
+        self.say(f"{stage}: done before" if not why else f"{stage}: once more. {why}")
+        return not why
+
     def _note_memory(self) -> None:
-        """Put what was measured beside what was predicted; nothing was of an adapter that was trained elsewhere."""
-        if planned := self._planned():
-            before = planned.get("measured_phases", {})
-            found: dict[str, Any] = {"measured_phases": {**before, **self.held}}
-            if self.hardware.kind == "cpu":  # where what was predicted of the process is with merging and exporting
-                most = max(planned.get("measured_process_bytes", 0), resident.peak_bytes())
-                found["measured_process_bytes"] = most
-            write_json(self.space.plan, {**planned, **found})
+        runplan.note(self.space.plan, self.held, self.hardware.kind)
 
     def _whole(self) -> Any:
         """What is exported, in fp32: the merged model, or the backbone with the adapter in it."""
@@ -347,8 +346,7 @@ class _Job:
         }
 
     def _planned(self) -> dict[str, Any]:
-        """What plan.json holds; nothing of an adapter that was trained elsewhere."""
-        return json.loads(self.space.plan.read_text(encoding="utf-8")) if self.space.plan.exists() else {}
+        return runplan.read(self.space.plan)
 
     def _load(self, at: str, pack: backbone.Packing | None = None) -> Backbone:
         held = self.held if self.device == self.hardware.kind else {}  # what is loaded elsewhere was not planned

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from edgepeft import plan, schedule
+from edgepeft import plan, resident, schedule
 from edgepeft.candidate import usable_microbatch
 from edgepeft.data import Data
+from edgepeft.files import write_json
 from edgepeft.hardware import Hardware
 from edgepeft.methods import base
 from edgepeft.plan import Plan
@@ -84,3 +87,22 @@ class RunPlan:
             strategy=recipe.strategy,
             whole=self.whole,
         )
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What plan.json holds; nothing of an adapter that was trained elsewhere."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def note(path: Path, held: Mapping[str, int], kind: str) -> None:
+    """Put what was measured beside what was predicted; nothing was of an adapter that was trained elsewhere.
+
+    Args:
+        held: bytes of tensors that phases were measured to hold.
+        kind: of the hardware.
+    """
+    if planned := read(path):
+        found: dict[str, Any] = {"measured_phases": {**planned.get("measured_phases", {}), **held}}
+        if kind == "cpu":  # where what was predicted of the process is with merging and exporting
+            found["measured_process_bytes"] = max(planned.get("measured_process_bytes", 0), resident.peak_bytes())
+        write_json(path, {**planned, **found})
