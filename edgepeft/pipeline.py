@@ -34,7 +34,6 @@ from edgepeft import train as training
 from edgepeft.answers import Questions
 from edgepeft.aside import device_after
 from edgepeft.backbone import Backbone, Source
-from edgepeft.catalog.fields import positions_left
 from edgepeft.data.tokens import check_vocabulary, pad_id
 from edgepeft.errors import UsageError
 from edgepeft.evaluate import evaluate, validation_batches
@@ -53,7 +52,6 @@ from edgepeft.tasks import check as check_task
 from edgepeft.workspace import Workspace
 
 STAGES = ("plan", "train", "merge", "export")
-DEFAULT_TOKENS = 512
 
 Say = Callable[[str], None]
 
@@ -117,7 +115,8 @@ class _Job:
         self.source: Source = backbone.resolve(wanted.model)
         self.config = backbone.config(self.source, trust_remote_code=wanted.trust_remote_code)
         tokenizer = backbone.tokenizer(self.source, trust_remote_code=wanted.trust_remote_code)
-        self.recipe = dataclasses.replace(wanted, max_tokens=self._max_tokens(wanted))
+        tokens = runplan.max_tokens(wanted, self.config)
+        self.recipe = dataclasses.replace(wanted, max_tokens=tokens)
         method = None if wanted.method is None else base.create(wanted.method, wanted.options)
         if method is not None:  # refuse what cannot be trained before the data is read
             schedule.check(self.recipe, method)
@@ -136,7 +135,7 @@ class _Job:
             validation=self.recipe.validation,
             validation_fraction=self.recipe.validation_fraction,
             seed=self.recipe.seed,
-            max_tokens=self.recipe.max_tokens or DEFAULT_TOKENS,
+            max_tokens=tokens,
             max_target_tokens=self.recipe.max_target_tokens,
         )
         largest = max(self.data.train.largest_token, self.data.validation.largest_token)
@@ -164,21 +163,24 @@ class _Job:
 
     def train(self) -> None:
         """Train, unless the adapter of this very recipe and data is there."""
+        forgotten = self.space.begun and self.space.forgotten
         inputs = self.space.training_inputs(self.recipe)
+        if forgotten:
+            self._check_anew()
+            self.space.finish("training", inputs)
+            if self.space.adapter.exists():  # which is only written when training is over
+                self.space.finish("train", inputs)
         if self.space.done("train", inputs) and self.space.adapter.exists():
+            if not whole.measured(self.space):
+                self._measure_adapter("measured again, as ledger.json has no row of it")
             self.say("train: done before")
             return
         if bring.is_here(self.space):
-            self._measure_brought()
+            self._measure_adapter("trained elsewhere")
             self.space.finish("train", inputs)
             return
-        begun = (self.space.root / "checkpoints").exists() or self.space.adapter.exists()
-        if begun and (changed := self.space.changed("training", inputs)):
-            raise UsageError(
-                f"What the run in {self.space.root} began with has changed: {', '.join(changed)}.",
-                "Going on would mix the two.",
-                "Put it back as it was, choose another --out, or delete the folder to start over.",
-            )
+        if self.space.begun:
+            self.space.check_unchanged(inputs)
         method = base.create(self._needs("method"), self.recipe.options)
         schedule.check(self.recipe, method)
         self.space.finish("training", inputs)
@@ -217,8 +219,8 @@ class _Job:
             row = Row(artefact="adapter", metrics=done.metrics, bytes=size, counts=found, stages=done.stages)
             ledger.record(self.space.ledger, row)
             self.questions.note(self.space.answers, tuned=done.answers)
-            self._note_memory()
-        self.say(f"train: {_shown(done.metrics)}")
+            runplan.note(self.space.plan, self.held, self.hardware.kind)
+        self.say(f"train: {ledger.shown(done.metrics)}")
         del plain
         gc.collect()
 
@@ -232,8 +234,21 @@ class _Job:
             self.questions.note(self.space.answers, base=answers)
             ledger.record(self.space.ledger, Row(artefact="base", metrics=found, kept=False))
 
-    def _measure_brought(self) -> None:
-        """Backbone and adapter, where the adapter was trained elsewhere."""
+    def _check_anew(self) -> None:
+        """Hold what training left against recipe and model, where the state is gone by which they were known."""
+        left = self.space.adapter if self.space.adapter.exists() else self.space.root / "checkpoints" / "best"
+        if left.exists():
+            method = base.create(self._needs("method"), self.recipe.options)
+            adapter.check(left, method, self.recipe.model)
+        if left == self.space.adapter:
+            self._trained(self._needs("precision"))  # refuses tensors that are not the model's
+        self.say(
+            "train: state.json is gone. What was trained is held against recipe and model; whether the data is what it "
+            "was trained on cannot be known"
+        )
+
+    def _measure_adapter(self, why: str) -> None:
+        """Backbone and adapter, where training here did not, or what it measured is gone."""
         self._after_training()
         if self.data.labels and (note := bring.check_labels(self.space, self.data)):
             self.say(note)
@@ -242,8 +257,9 @@ class _Job:
         if not self._has_measured_base():
             self._measure_base(self._load(self._needs("precision")))
         self.questions.note(self.space.answers, tuned=answers)
-        ledger.record(self.space.ledger, Row(artefact="adapter", metrics=found, bytes=size_bytes(self.space.adapter)))
-        self.say(f"adapter: trained elsewhere; {_shown(found)}")
+        row = Row(artefact="adapter", metrics=found, bytes=size_bytes(self.space.adapter))
+        ledger.record(self.space.ledger, whole.with_counts(row, self.space))
+        self.say(f"adapter: {why}; {ledger.shown(found)}")
 
     def merge(self) -> None:
         """Merge into a Hugging Face folder, if the method merges."""
@@ -278,10 +294,10 @@ class _Job:
             changed = self._changed(method, rows[-1])
         rows[-1] = dataclasses.replace(rows[-1], counts={**rows[-1].counts, **changed})
         ledger.record(self.space.ledger, *rows)
-        self._note_memory()
+        runplan.note(self.space.plan, self.held, self.hardware.kind)
         self.space.finish("merge", inputs)
         for row in rows:
-            self.say(f"merge: {row.artefact}: {_shown(row.metrics)}{'' if row.kept else ' (not kept)'}")
+            self.say(f"merge: {row.artefact}: {ledger.shown(row.metrics)}{'' if row.kept else ' (not kept)'}")
         gc.collect()
 
     def export(self) -> None:
@@ -292,7 +308,7 @@ class _Job:
         self.device = device_after("export", self.hardware, self._planned(), self.say)
         with watch.rise(self.held, "exporting", self.device):
             deploy.deploy(self._whole, self.recipe, self.data, self.space, self.say)
-        self._note_memory()
+        runplan.note(self.space.plan, self.held, self.hardware.kind)
         self.space.finish("export", inputs)
 
     def _is_done(self, stage: str, inputs: str, wrong: Callable[[Workspace], str]) -> bool:
@@ -302,9 +318,6 @@ class _Job:
         why = wrong(self.space)
         self.say(f"{stage}: done before" if not why else f"{stage}: once more. {why}")
         return not why
-
-    def _note_memory(self) -> None:
-        runplan.note(self.space.plan, self.held, self.hardware.kind)
 
     def _whole(self) -> Any:
         """What is exported, in fp32: the merged model, or the backbone with the adapter in it."""
@@ -330,12 +343,6 @@ class _Job:
         merging.to_full_precision(plain.model)
         found = counts.change(backbone.saved(self.space.merged, plain.model))
         return {"changed_parameters": found.parameters, "rank_of_change": found.rank}
-
-    def _max_tokens(self, wanted: Recipe) -> int:
-        method = None if wanted.method is None else base.create(wanted.method, wanted.options)
-        taken = 0 if method is None else method.positions(self.config)
-        most = positions_left(wanted.model, backbone.positions(self.config), wanted.method, taken, wanted.max_tokens)
-        return wanted.max_tokens or min(DEFAULT_TOKENS, most or DEFAULT_TOKENS)
 
     def _start(self, trainable: int) -> dict[str, Any]:
         return {
@@ -390,7 +397,3 @@ class _Job:
                 f"There is no run in {self.space.root} yet.", f"Its {name} is not chosen.", "Run `edgepeft run`."
             )
         return value
-
-
-def _shown(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())

@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgepeft import plan, resident, schedule
+from edgepeft import backbone, plan, resident, schedule
 from edgepeft.candidate import usable_microbatch
+from edgepeft.catalog.fields import positions_left
 from edgepeft.data import Data
 from edgepeft.files import write_json
 from edgepeft.hardware import Hardware
 from edgepeft.methods import base
 from edgepeft.plan import Plan
 from edgepeft.recipe import Recipe
+
+DEFAULT_TOKENS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,13 @@ class RunPlan:
             strategy=recipe.strategy,
             whole=self.whole,
         )
+
+
+def max_tokens(recipe: Recipe, config: Any) -> int:
+    """The longest text of a recipe, which may leave it open, for a model of this configuration."""
+    taken = 0 if recipe.method is None else base.create(recipe.method, recipe.options).positions(config)
+    most = positions_left(recipe.model, backbone.positions(config), recipe.method, taken, recipe.max_tokens)
+    return recipe.max_tokens or min(DEFAULT_TOKENS, most or DEFAULT_TOKENS)
 
 
 def read(path: Path) -> dict[str, Any]:

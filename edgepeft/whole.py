@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from safetensors import SafetensorError, safe_open
 
-from edgepeft import ledger
+from edgepeft import counts, events, ledger
 from edgepeft.errors import EdgePeftError
 from edgepeft.files import size_bytes
+from edgepeft.ledger import Row
 from edgepeft.runtime import manifest
 from edgepeft.workspace import Workspace
 
 _NO_ROW = "What was measured of it is not in ledger.json."
+
+
+def measured(space: Workspace) -> bool:
+    """Whether the ledger has what training measured."""
+    return {"base", "adapter"} <= {row.artefact for row in ledger.read(space.ledger)}
+
+
+def with_counts(row: Row, space: Workspace) -> Row:
+    """A row of the adapter with what training took, where it was done here and its log still says so."""
+    ends = [event for event in events.read(space.root / "events.jsonl") if event.get("event") == "end"]
+    stages = ends[-1].get("stages") if ends else None
+    return replace(row, counts=counts.training(stages), stages=stages) if stages else row
 
 
 def merged(space: Workspace) -> str:

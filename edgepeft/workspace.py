@@ -22,6 +22,8 @@ from edgepeft.peft_config import path_of
 from edgepeft.placements.stored import TENSORS
 from edgepeft.recipe import Recipe
 
+BROUGHT = "brought"  # in the state, an adapter that was trained elsewhere
+
 # What may differ from one call to the next without making it another training run.
 _FREE = ("variants", "hardware", "trust_remote_code")
 
@@ -104,6 +106,16 @@ class Workspace:
         finally:
             lock.release()
 
+    @property
+    def begun(self) -> bool:
+        """Whether training left something that it goes on from."""
+        return (self.root / "checkpoints").exists() or self.adapter.exists()
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether state.json was deleted: it knows neither what training began with, nor of an adapter brought here."""
+        return not self._state().keys() & {"training", "train", BROUGHT}
+
     def stored(self) -> Recipe:
         """The recipe of the run that is here.
 
@@ -169,6 +181,19 @@ class Workspace:
         before = self._state().get(stage) or {}
         return [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
 
+    def check_unchanged(self, inputs: Mapping[str, str]) -> None:
+        """Refuse to go on with a training that began with other inputs.
+
+        Raises:
+            UsageError: see above.
+        """
+        if changed := self.changed("training", inputs):
+            raise UsageError(
+                f"What the run in {self.root} began with has changed: {', '.join(changed)}.",
+                "Going on would mix the two.",
+                "Put it back as it was, choose another --out, or delete the folder to start over.",
+            )
+
     def training_inputs(self, recipe: Recipe) -> dict[str, str]:
         """Fingerprints of all that training depends on, by name: the recipe, data and model, adapters it starts from.
 
@@ -204,7 +229,10 @@ class Workspace:
         except ValueError as error:
             found, wrong = None, str(error)
         if not isinstance(found, dict):
-            raise EdgePeftError(f"{path} is damaged.", wrong, "Delete it; finished stages are then checked again.")
+            remedy = (
+                "Delete it and run the same command again: the adapter is checked, merging and exporting done anew."
+            )
+            raise EdgePeftError(f"{path} is damaged.", wrong, remedy)
         return found
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import training
 
-from edgepeft import pipeline, recipe
+from edgepeft import ledger, pipeline, recipe
+from edgepeft.errors import UsageError
 from edgepeft.recipe import Recipe
 from edgepeft.runtime.device import Device
 
@@ -56,3 +57,31 @@ def test_a_damaged_merged_model_is_made_again(run: Path) -> None:
         assert any(line.startswith("merge: once more. ") for line in again(run, "merge"))
         (run / "merged" / "NOTES.md").write_text("a user's own")
         assert "merge: done before" in again(run, "merge")
+
+
+def test_without_its_state_a_run_is_checked_and_goes_on(run: Path, tmp_path: Path) -> None:
+    made = training.result(run)
+    (run / "state.json").unlink()
+    said = again(run)
+    assert any("whether the data is what it was trained on cannot be known" in line for line in said)
+    assert "train: done before" in said and training.result(run) == made
+    assert {"merge: done before", "export: done before"} <= set(again(run))
+    (run / "state.json").unlink()
+    other = Path(shutil.copytree(asked().model, tmp_path / "other"))
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    text = (run / "recipe.toml").read_text().replace(asked().model, str(other))
+    (run / "recipe.toml").write_text(text)
+    with pytest.raises(UsageError, match="does not belong to this run"):
+        again(run, model=str(other))
+
+
+def test_without_its_ledger_a_run_is_measured_again(run: Path) -> None:
+    before = {row.artefact: row for row in ledger.read(run / "ledger.json")}
+    made = training.result(run)
+    (run / "ledger.json").unlink()
+    assert "train: done before" in again(run)
+    after = {row.artefact: row for row in ledger.read(run / "ledger.json")}
+    assert after.keys() == before.keys() and training.result(run) == made
+    assert after["adapter"].metrics == pytest.approx(before["adapter"].metrics)
+    assert after["adapter"].counts["training_peak_bytes"] == before["adapter"].counts["training_peak_bytes"]
