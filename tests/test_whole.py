@@ -10,7 +10,7 @@ import pytest
 import training
 
 from edgepeft import ledger, pipeline, recipe
-from edgepeft.errors import UsageError
+from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.recipe import Recipe
 from edgepeft.runtime.device import Device
 
@@ -85,3 +85,20 @@ def test_without_its_ledger_a_run_is_measured_again(run: Path) -> None:
     assert after.keys() == before.keys() and training.result(run) == made
     assert after["adapter"].metrics == pytest.approx(before["adapter"].metrics)
     assert after["adapter"].counts["training_peak_bytes"] == before["adapter"].counts["training_peak_bytes"]
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "adapter.json"])
+def test_what_the_error_of_a_damaged_adapter_says_makes_it_whole(run: Path, name: str) -> None:
+    made = training.result(run)
+    cut(run / "adapter" / name)
+    with pytest.raises(EdgePeftError, match=name) as caught:
+        again(run, "merge")
+    assert f"Delete the folder {run / 'adapter'} and run `edgepeft train --out {run}`" in caught.value.remedy
+    shutil.rmtree(run / "adapter")
+    again(run, "train")
+    assert training.result(run) == made and "merge: done before" in again(run, "merge")
+    cut(run / "adapter" / name)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(EdgePeftError, match=name) as caught:
+        again(run, "merge")
+    assert "Delete" not in caught.value.remedy
