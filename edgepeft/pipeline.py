@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ from edgepeft.ranks import ALONE, Ranks
 from edgepeft.recipe import Recipe
 from edgepeft.surface import EIGHT_BIT
 from edgepeft.tasks import check as check_task
-from edgepeft.workspace import Workspace
+from edgepeft.workspace import PLANNED, Workspace, without_alias
 
 STAGES = ("plan", "train", "merge", "export")
 
@@ -70,22 +70,9 @@ def run(wanted: Recipe, out: Path, *, until: str = STAGES[-1], say: Say = lambda
         job = _Job(wanted, out, until, say)
         with threads(job.hardware):
             for stage in STAGES[: STAGES.index(until) + 1]:
-                with _reported(space):
+                with report.afterwards(space.root):
                     getattr(job, stage)()
     return space
-
-
-@contextlib.contextmanager
-def _reported(space: Workspace) -> Iterator[None]:
-    """Write the report of what there is afterwards, also of what failed or was stopped half-way."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(Exception):  # what went wrong before is what is said
-            if space.recipe.exists():
-                report.write(space.root)
-        raise
-    report.write(space.root)
 
 
 def fit(recipe: Recipe, out: Path, ranks: Ranks, say: Say) -> None:
@@ -109,6 +96,7 @@ class _Job:
         devices = 1 if self.space.adapter.exists() else wanted.devices  # only training takes several
         self.hardware = usable(load_hardware(wanted.hardware), devices)
         self.device: str = self.hardware.kind  # on which models are loaded
+        self.asked = without_alias(wanted)
         wanted = self.space.adopt(wanted)
         if wanted.optimizer == EIGHT_BIT:
             eight_bit.check(self.hardware.kind)
@@ -148,18 +136,28 @@ class _Job:
         """Choose what the recipe leaves open, and predict the peak of what was chosen."""
         if self.space.recipe.exists():
             self.recipe = self.space.adopt(self.recipe)
-            recipes.write(self.recipe, self.space.recipe)  # what was moved, and what may differ, is found there next
-            self.say(f"plan: {self.recipe.choice} (as before)")
-            return
+            if self.space.begun or self.space.done("plan", self._plan_inputs()):
+                recipes.write(self.recipe, self.space.recipe)  # what was moved, and what may differ, is found there
+                self.say(f"plan: {self.recipe.choice} (as before)")
+                return
+            # It was chosen for another model, data or hardware, and nothing is trained yet.
+            self.recipe = dataclasses.replace(self.recipe, **{name: getattr(self.asked, name) for name in PLANNED})
+            ledger.drop(self.space.ledger, {"base"})
         planned = runplan.RunPlan(
             backbone.as_fields(self.config), self.data, self.hardware, whole=self.until != "train"
         )
         self.recipe, found, why = planned.decide(self.recipe)
         write_json(self.space.plan, found)
         recipes.write(self.recipe, self.space.recipe)
+        self.space.finish("plan", self._plan_inputs())
         self.say(
             f"plan: {self.recipe.choice}; {found['predicted_peak_bytes'] / 2**30:.2f} GiB of tensors predicted. {why}"
         )
+
+    def _plan_inputs(self) -> dict[str, str]:
+        """Fingerprints of what a plan is of."""
+        hardware = fingerprint(self.hardware.title, self.hardware.memory_bytes)
+        return {**self.space.sources(self.recipe), "the hardware": hardware}
 
     def train(self) -> None:
         """Train, unless the adapter of this very recipe and data is there."""

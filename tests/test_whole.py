@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -102,3 +103,20 @@ def test_what_the_error_of_a_damaged_adapter_says_makes_it_whole(run: Path, name
     with pytest.raises(EdgePeftError, match=name) as caught:
         again(run, "merge")
     assert "Delete" not in caught.value.remedy
+
+
+def test_a_plan_of_another_model_is_made_again_until_training_begins(tmp_path: Path) -> None:
+    home = Path(shutil.copytree(asked().model, tmp_path / "model"))
+    (home / "model.safetensors").unlink()
+    found: list[tuple[bool, int]] = []
+    for layers in (2, 2, 3):
+        config = json.loads((home / "config.json").read_text())
+        (home / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+        said: list[str] = []
+        with pytest.raises(EdgePeftError):
+            pipeline.run(asked(model=str(home), microbatch=None), tmp_path / "run", until="train", say=said.append)
+        before = [line for line in said if line.startswith("plan: ")]
+        predicted = json.loads((tmp_path / "run" / "plan.json").read_text())["predicted_peak_bytes"]
+        found.append((before[0].endswith("(as before)"), predicted))
+    assert [kept for kept, _ in found] == [False, True, False]
+    assert found[0][1] == found[1][1] < found[2][1]
