@@ -89,9 +89,9 @@ def read_card(directory: Path) -> Card:
     except FileNotFoundError as error:
         raise UsageError(f"There is no adapter in {directory}.", f"{CARD} is missing.", "Train one first.") from error
     except ValueError as error:
-        raise EdgePeftError(f"{path} is damaged.", str(error), "Train again.") from error
+        raise EdgePeftError(f"{path} is damaged.", str(error), _next_step(directory)) from error
     if wrong := _wrong(values):
-        raise EdgePeftError(f"{path} is damaged.", wrong, "Train again.")
+        raise EdgePeftError(f"{path} is damaged.", wrong, _next_step(directory))
     if unknown := sorted(values.keys() - _CARD.keys()):
         raise UsageError(
             f"The adapter in {directory} is of another version.",
@@ -212,8 +212,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise EdgePeftError(
             f"{path} cannot be read.",
             f"It is missing or damaged: {error}.",
-            f"Delete the folder {path.parent} and run the same command again; it goes on from what is whole.",
+            _next_step(path.parent),
         ) from error
+
+
+def _next_step(folder: Path) -> str:
+    """What helps where an adapter in ``folder`` is damaged: a run makes it again from its checkpoints."""
+    if folder.parent.name == "checkpoints":
+        return f"Delete the folder {folder.parent} and run the same command again; it trains anew."
+    run = folder.parent
+    if any((run / "checkpoints").glob("step-*")):
+        return f"Delete the folder {folder} and run `edgepeft train --out {run}`; it goes on from the last checkpoint."
+    return "Put it back from a copy, or train again in another folder."
 
 
 def copy_into(parameters: dict[str, Tensor], tensors: dict[str, Tensor], where: str) -> None:

@@ -16,10 +16,9 @@ from edgepeft.fingerprints import fingerprint
 from edgepeft.methods import base
 from edgepeft.peft_config import FILE, PREFIX
 from edgepeft.recipe import Recipe
-from edgepeft.workspace import Workspace
+from edgepeft.workspace import BROUGHT, Workspace
 
 MICROBATCH = 8  # of the evaluations that follow; nothing is trained
-_STAGE = "brought"
 _OF = {"classification": "a classifier's", "causal-lm": "a language model's", "seq2seq": "a seq2seq model's"}
 
 
@@ -71,7 +70,7 @@ def begin(source: Path, out: Path, *, data: str, model: str | None = None) -> tu
             seed=card.seed,
         )
         recipes.write(chosen, space.recipe)
-        space.finish(_STAGE, fingerprint(space.adapter / adapter.TENSORS))
+        space.finish(BROUGHT, fingerprint(space.adapter / adapter.TENSORS))
     return notes
 
 
@@ -90,7 +89,7 @@ def _check_data(data: str, task: str) -> None:
 
 def is_here(space: Workspace) -> bool:
     """Whether the adapter of a run is one that was trained elsewhere."""
-    return space.done(_STAGE, fingerprint(space.adapter / adapter.TENSORS))
+    return space.done(BROUGHT, fingerprint(space.adapter / adapter.TENSORS))
 
 
 def check_labels(space: Workspace, data: Data) -> str:

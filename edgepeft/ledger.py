@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,9 @@ def read(path: Path) -> list[Row]:
         return [Row(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))]
     except (ValueError, TypeError) as error:
         raise EdgePeftError(
-            f"{path} is damaged.", str(error), "Delete it; the stages that filled it run again."
+            f"{path} is damaged.",
+            str(error),
+            "Delete it and run the same command again: what it held is measured again.",
         ) from error
 
 
@@ -79,3 +81,8 @@ def drop(path: Path, artefacts: Collection[str]) -> None:
 def find(path: Path, artefact: str) -> Row | None:
     """The row of an artefact, if it was recorded."""
     return next((row for row in read(path) if row.artefact == artefact), None)
+
+
+def shown(metrics: Mapping[str, float]) -> str:
+    """Metrics in a line of text."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())

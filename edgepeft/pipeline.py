@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,11 @@ from edgepeft import (
     precision,
     probe,
     report,
-    resident,
+    runplan,
     schedule,
     shards,
     watch,
+    whole,
 )
 from edgepeft import merge as merging
 from edgepeft import recipe as recipes
@@ -34,7 +34,6 @@ from edgepeft import train as training
 from edgepeft.answers import Questions
 from edgepeft.aside import device_after
 from edgepeft.backbone import Backbone, Source
-from edgepeft.catalog.fields import positions_left
 from edgepeft.data.tokens import check_vocabulary, pad_id
 from edgepeft.errors import UsageError
 from edgepeft.evaluate import evaluate, validation_batches
@@ -48,13 +47,11 @@ from edgepeft.methods import base
 from edgepeft.placements import eight_bit
 from edgepeft.ranks import ALONE, Ranks
 from edgepeft.recipe import Recipe
-from edgepeft.runplan import RunPlan
 from edgepeft.surface import EIGHT_BIT
 from edgepeft.tasks import check as check_task
-from edgepeft.workspace import Workspace
+from edgepeft.workspace import PLANNED, Workspace, without_alias
 
 STAGES = ("plan", "train", "merge", "export")
-DEFAULT_TOKENS = 512
 
 Say = Callable[[str], None]
 
@@ -73,22 +70,9 @@ def run(wanted: Recipe, out: Path, *, until: str = STAGES[-1], say: Say = lambda
         job = _Job(wanted, out, until, say)
         with threads(job.hardware):
             for stage in STAGES[: STAGES.index(until) + 1]:
-                with _reported(space):
+                with report.afterwards(space.root):
                     getattr(job, stage)()
     return space
-
-
-@contextlib.contextmanager
-def _reported(space: Workspace) -> Iterator[None]:
-    """Write the report of what there is afterwards, also of what failed or was stopped half-way."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(Exception):  # what went wrong before is what is said
-            if space.recipe.exists():
-                report.write(space.root)
-        raise
-    report.write(space.root)
 
 
 def fit(recipe: Recipe, out: Path, ranks: Ranks, say: Say) -> None:
@@ -112,13 +96,15 @@ class _Job:
         devices = 1 if self.space.adapter.exists() else wanted.devices  # only training takes several
         self.hardware = usable(load_hardware(wanted.hardware), devices)
         self.device: str = self.hardware.kind  # on which models are loaded
+        self.asked = without_alias(wanted)
         wanted = self.space.adopt(wanted)
         if wanted.optimizer == EIGHT_BIT:
             eight_bit.check(self.hardware.kind)
         self.source: Source = backbone.resolve(wanted.model)
         self.config = backbone.config(self.source, trust_remote_code=wanted.trust_remote_code)
         tokenizer = backbone.tokenizer(self.source, trust_remote_code=wanted.trust_remote_code)
-        self.recipe = dataclasses.replace(wanted, max_tokens=self._max_tokens(wanted))
+        tokens = runplan.max_tokens(wanted, self.config)
+        self.recipe = dataclasses.replace(wanted, max_tokens=tokens)
         method = None if wanted.method is None else base.create(wanted.method, wanted.options)
         if method is not None:  # refuse what cannot be trained before the data is read
             schedule.check(self.recipe, method)
@@ -137,7 +123,7 @@ class _Job:
             validation=self.recipe.validation,
             validation_fraction=self.recipe.validation_fraction,
             seed=self.recipe.seed,
-            max_tokens=self.recipe.max_tokens or DEFAULT_TOKENS,
+            max_tokens=tokens,
             max_target_tokens=self.recipe.max_target_tokens,
         )
         largest = max(self.data.train.largest_token, self.data.validation.largest_token)
@@ -150,34 +136,49 @@ class _Job:
         """Choose what the recipe leaves open, and predict the peak of what was chosen."""
         if self.space.recipe.exists():
             self.recipe = self.space.adopt(self.recipe)
-            recipes.write(self.recipe, self.space.recipe)  # what was moved, and what may differ, is found there next
-            self.say(f"plan: {self.recipe.choice} (as before)")
-            return
-        planned = RunPlan(backbone.as_fields(self.config), self.data, self.hardware, whole=self.until != "train")
+            if self.space.begun or self.space.done("plan", self._plan_inputs()):
+                recipes.write(self.recipe, self.space.recipe)  # what was moved, and what may differ, is found there
+                self.say(f"plan: {self.recipe.choice} (as before)")
+                return
+            # It was chosen for another model, data or hardware, and nothing is trained yet.
+            self.recipe = dataclasses.replace(self.recipe, **{name: getattr(self.asked, name) for name in PLANNED})
+            ledger.drop(self.space.ledger, {"base"})
+        planned = runplan.RunPlan(
+            backbone.as_fields(self.config), self.data, self.hardware, whole=self.until != "train"
+        )
         self.recipe, found, why = planned.decide(self.recipe)
         write_json(self.space.plan, found)
         recipes.write(self.recipe, self.space.recipe)
+        self.space.finish("plan", self._plan_inputs())
         self.say(
             f"plan: {self.recipe.choice}; {found['predicted_peak_bytes'] / 2**30:.2f} GiB of tensors predicted. {why}"
         )
 
+    def _plan_inputs(self) -> dict[str, str]:
+        """Fingerprints of what a plan is of."""
+        hardware = fingerprint(self.hardware.title, self.hardware.memory_bytes)
+        return {**self.space.sources(self.recipe), "the hardware": hardware}
+
     def train(self) -> None:
         """Train, unless the adapter of this very recipe and data is there."""
+        forgotten = self.space.begun and self.space.forgotten
         inputs = self.space.training_inputs(self.recipe)
+        if forgotten:
+            self._check_anew()
+            self.space.finish("training", inputs)
+            if self.space.adapter.exists():  # which is only written when training is over
+                self.space.finish("train", inputs)
         if self.space.done("train", inputs) and self.space.adapter.exists():
+            if not whole.measured(self.space):
+                self._measure_adapter("measured again, as ledger.json has no row of it")
             self.say("train: done before")
             return
         if bring.is_here(self.space):
-            self._measure_brought()
+            self._measure_adapter("trained elsewhere")
             self.space.finish("train", inputs)
             return
-        begun = (self.space.root / "checkpoints").exists() or self.space.adapter.exists()
-        if begun and (changed := self.space.changed("training", inputs)):
-            raise UsageError(
-                f"What the run in {self.space.root} began with has changed: {', '.join(changed)}.",
-                "Going on would mix the two.",
-                "Put it back as it was, choose another --out, or delete the folder to start over.",
-            )
+        if self.space.begun:
+            self.space.check_unchanged(inputs)
         method = base.create(self._needs("method"), self.recipe.options)
         schedule.check(self.recipe, method)
         self.space.finish("training", inputs)
@@ -216,8 +217,8 @@ class _Job:
             row = Row(artefact="adapter", metrics=done.metrics, bytes=size, counts=found, stages=done.stages)
             ledger.record(self.space.ledger, row)
             self.questions.note(self.space.answers, tuned=done.answers)
-            self._note_memory()
-        self.say(f"train: {_shown(done.metrics)}")
+            runplan.note(self.space.plan, self.held, self.hardware.kind)
+        self.say(f"train: {ledger.shown(done.metrics)}")
         del plain
         gc.collect()
 
@@ -231,8 +232,21 @@ class _Job:
             self.questions.note(self.space.answers, base=answers)
             ledger.record(self.space.ledger, Row(artefact="base", metrics=found, kept=False))
 
-    def _measure_brought(self) -> None:
-        """Backbone and adapter, where the adapter was trained elsewhere."""
+    def _check_anew(self) -> None:
+        """Hold what training left against recipe and model, where the state is gone by which they were known."""
+        left = self.space.adapter if self.space.adapter.exists() else self.space.root / "checkpoints" / "best"
+        if left.exists():
+            method = base.create(self._needs("method"), self.recipe.options)
+            adapter.check(left, method, self.recipe.model)
+        if left == self.space.adapter:
+            self._trained(self._needs("precision"))  # refuses tensors that are not the model's
+        self.say(
+            "train: state.json is gone. What was trained is held against recipe and model; whether the data is what it "
+            "was trained on cannot be known"
+        )
+
+    def _measure_adapter(self, why: str) -> None:
+        """Backbone and adapter, where training here did not, or what it measured is gone."""
         self._after_training()
         if self.data.labels and (note := bring.check_labels(self.space, self.data)):
             self.say(note)
@@ -241,16 +255,15 @@ class _Job:
         if not self._has_measured_base():
             self._measure_base(self._load(self._needs("precision")))
         self.questions.note(self.space.answers, tuned=answers)
-        ledger.record(self.space.ledger, Row(artefact="adapter", metrics=found, bytes=size_bytes(self.space.adapter)))
-        self.say(f"adapter: trained elsewhere; {_shown(found)}")
+        row = Row(artefact="adapter", metrics=found, bytes=size_bytes(self.space.adapter))
+        ledger.record(self.space.ledger, whole.with_counts(row, self.space))
+        self.say(f"adapter: {why}; {ledger.shown(found)}")
 
     def merge(self) -> None:
         """Merge into a Hugging Face folder, if the method merges."""
         method = base.create(self._needs("method"), self.recipe.options)
         inputs = self._after_training()
-        merged = any(row.kept and row.artefact.startswith("merged") for row in ledger.read(self.space.ledger))
-        if self.space.done("merge", inputs) and (self.space.merged.exists() or not merged):
-            self.say("merge: done before")
+        if self._is_done("merge", inputs, whole.merged):
             return
         self.say("merge: measuring it before and after")
         self.device = device_after("merge", self.hardware, self._planned(), self.say)
@@ -279,33 +292,30 @@ class _Job:
             changed = self._changed(method, rows[-1])
         rows[-1] = dataclasses.replace(rows[-1], counts={**rows[-1].counts, **changed})
         ledger.record(self.space.ledger, *rows)
-        self._note_memory()
+        runplan.note(self.space.plan, self.held, self.hardware.kind)
         self.space.finish("merge", inputs)
         for row in rows:
-            self.say(f"merge: {row.artefact}: {_shown(row.metrics)}{'' if row.kept else ' (not kept)'}")
+            self.say(f"merge: {row.artefact}: {ledger.shown(row.metrics)}{'' if row.kept else ' (not kept)'}")
         gc.collect()
 
     def export(self) -> None:
         """Export to ONNX, hold every variant against the model before it, and package the best for the device."""
         inputs = fingerprint(self._after_training(), sorted(self.recipe.variants))
-        if self.space.done("export", inputs) and self.space.device.exists():
-            self.say("export: done before")
+        if self._is_done("export", inputs, whole.exported):
             return
         self.device = device_after("export", self.hardware, self._planned(), self.say)
         with watch.rise(self.held, "exporting", self.device):
             deploy.deploy(self._whole, self.recipe, self.data, self.space, self.say)
-        self._note_memory()
+        runplan.note(self.space.plan, self.held, self.hardware.kind)
         self.space.finish("export", inputs)
 
-    def _note_memory(self) -> None:
-        """Put what was measured beside what was predicted; nothing was of an adapter that was trained elsewhere."""
-        if planned := self._planned():
-            before = planned.get("measured_phases", {})
-            found: dict[str, Any] = {"measured_phases": {**before, **self.held}}
-            if self.hardware.kind == "cpu":  # where what was predicted of the process is with merging and exporting
-                most = max(planned.get("measured_process_bytes", 0), resident.peak_bytes())
-                found["measured_process_bytes"] = most
-            write_json(self.space.plan, {**planned, **found})
+    def _is_done(self, stage: str, inputs: str, wrong: Callable[[Workspace], str]) -> bool:
+        """Whether a stage was done with these inputs, and what it left is whole; says so, or why it is done again."""
+        if not self.space.done(stage, inputs):
+            return False
+        why = wrong(self.space)
+        self.say(f"{stage}: done before" if not why else f"{stage}: once more. {why}")
+        return not why
 
     def _whole(self) -> Any:
         """What is exported, in fp32: the merged model, or the backbone with the adapter in it."""
@@ -332,12 +342,6 @@ class _Job:
         found = counts.change(backbone.saved(self.space.merged, plain.model))
         return {"changed_parameters": found.parameters, "rank_of_change": found.rank}
 
-    def _max_tokens(self, wanted: Recipe) -> int:
-        method = None if wanted.method is None else base.create(wanted.method, wanted.options)
-        taken = 0 if method is None else method.positions(self.config)
-        most = positions_left(wanted.model, backbone.positions(self.config), wanted.method, taken, wanted.max_tokens)
-        return wanted.max_tokens or min(DEFAULT_TOKENS, most or DEFAULT_TOKENS)
-
     def _start(self, trainable: int) -> dict[str, Any]:
         return {
             "predicted_peak_bytes": self._planned()["predicted_peak_bytes"],
@@ -347,8 +351,7 @@ class _Job:
         }
 
     def _planned(self) -> dict[str, Any]:
-        """What plan.json holds; nothing of an adapter that was trained elsewhere."""
-        return json.loads(self.space.plan.read_text(encoding="utf-8")) if self.space.plan.exists() else {}
+        return runplan.read(self.space.plan)
 
     def _load(self, at: str, pack: backbone.Packing | None = None) -> Backbone:
         held = self.held if self.device == self.hardware.kind else {}  # what is loaded elsewhere was not planned
@@ -392,7 +395,3 @@ class _Job:
                 f"There is no run in {self.space.root} yet.", f"Its {name} is not chosen.", "Run `edgepeft run`."
             )
         return value
-
-
-def _shown(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from edgepeft import plan, schedule
+from edgepeft import backbone, plan, resident, schedule
 from edgepeft.candidate import usable_microbatch
+from edgepeft.catalog.fields import positions_left
 from edgepeft.data import Data
+from edgepeft.files import write_json
 from edgepeft.hardware import Hardware
 from edgepeft.methods import base
 from edgepeft.plan import Plan
 from edgepeft.recipe import Recipe
+
+DEFAULT_TOKENS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,3 +90,29 @@ class RunPlan:
             strategy=recipe.strategy,
             whole=self.whole,
         )
+
+
+def max_tokens(recipe: Recipe, config: Any) -> int:
+    """The longest text of a recipe, which may leave it open, for a model of this configuration."""
+    taken = 0 if recipe.method is None else base.create(recipe.method, recipe.options).positions(config)
+    most = positions_left(recipe.model, backbone.positions(config), recipe.method, taken, recipe.max_tokens)
+    return recipe.max_tokens or min(DEFAULT_TOKENS, most or DEFAULT_TOKENS)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What plan.json holds; nothing of an adapter that was trained elsewhere."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def note(path: Path, held: Mapping[str, int], kind: str) -> None:
+    """Put what was measured beside what was predicted; nothing was of an adapter that was trained elsewhere.
+
+    Args:
+        held: bytes of tensors that phases were measured to hold.
+        kind: of the hardware.
+    """
+    if planned := read(path):
+        found: dict[str, Any] = {"measured_phases": {**planned.get("measured_phases", {}), **held}}
+        if kind == "cpu":  # where what was predicted of the process is with merging and exporting
+            found["measured_process_bytes"] = max(planned.get("measured_process_bytes", 0), resident.peak_bytes())
+        write_json(path, {**planned, **found})

@@ -22,8 +22,13 @@ from edgepeft.peft_config import path_of
 from edgepeft.placements.stored import TENSORS
 from edgepeft.recipe import Recipe
 
+BROUGHT = "brought"  # in the state, an adapter that was trained elsewhere
+
 # What may differ from one call to the next without making it another training run.
 _FREE = ("variants", "hardware", "trust_remote_code")
+
+# What a plan chooses where the recipe leaves it open.
+PLANNED = ("method", "precision", "microbatch", "checkpointing", "optimizer", "strategy")
 
 # What may lie elsewhere by the next call, as on another computer, if it is what training began with.
 _MOVABLE = {"data": "the data", "validation": "the validation data", "model": "the model"}
@@ -104,6 +109,16 @@ class Workspace:
         finally:
             lock.release()
 
+    @property
+    def begun(self) -> bool:
+        """Whether training left something that it goes on from."""
+        return (self.root / "checkpoints").exists() or self.adapter.exists()
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether state.json was deleted: it knows neither what training began with, nor of an adapter brought here."""
+        return not self._state().keys() & {"training", "train", BROUGHT}
+
     def stored(self) -> Recipe:
         """The recipe of the run that is here.
 
@@ -118,7 +133,7 @@ class Workspace:
         Raises:
             UsageError: the folder holds another run, or something that is no run.
         """
-        wanted = _without_alias(wanted)
+        wanted = without_alias(wanted)
         if not self.recipe.exists():
             if self.root.exists() and not self.root.is_dir():
                 raise UsageError(f"{self.root} is a file.", "A run is a folder.", "Choose another --out.")
@@ -132,7 +147,7 @@ class Workspace:
             return wanted
         stored = self.stored()
         asked = {entry.name: getattr(wanted, entry.name) for entry in dataclasses.fields(Recipe)}
-        chosen = ("task", "max_tokens", "method", "precision", "microbatch", "checkpointing", "optimizer", "strategy")
+        chosen = ("task", "max_tokens", *PLANNED)
         asked |= {name: getattr(stored, name) for name in chosen if asked[name] is None}
         if wanted.devices == 1:  # then there is none, whatever was stored; that they differ is said below
             asked["strategy"] = wanted.strategy
@@ -169,6 +184,19 @@ class Workspace:
         before = self._state().get(stage) or {}
         return [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
 
+    def check_unchanged(self, inputs: Mapping[str, str]) -> None:
+        """Refuse to go on with a training that began with other inputs.
+
+        Raises:
+            UsageError: see above.
+        """
+        if changed := self.changed("training", inputs):
+            raise UsageError(
+                f"What the run in {self.root} began with has changed: {', '.join(changed)}.",
+                "Going on would mix the two.",
+                "Put it back as it was, choose another --out, or delete the folder to start over.",
+            )
+
     def training_inputs(self, recipe: Recipe) -> dict[str, str]:
         """Fingerprints of all that training depends on, by name: the recipe, data and model, adapters it starts from.
 
@@ -176,12 +204,16 @@ class Workspace:
         """
         names = [entry.name for entry in dataclasses.fields(Recipe) if entry.name not in (*_FREE, *_MOVABLE)]
         fields = {name: getattr(recipe, name) for name in names}
-        named = {what: value for name, what in _MOVABLE.items() if (value := getattr(recipe, name))}
-        sources: dict[str, Any] = {w: Path(v) if Path(v).exists() else v for w, v in named.items()}  # or on the hub
+        sources = self.sources(recipe)
         if (configuration := path_of(recipe.method)) is not None:
-            sources["PEFT's configuration"] = configuration
+            sources["PEFT's configuration"] = fingerprint(configuration)
         others = {f"the adapter {name}": found for name in _named(recipe.options) if (found := self._other(name))}
-        return {"the recipe": fingerprint(fields), **{w: fingerprint(each) for w, each in sources.items()}, **others}
+        return {"the recipe": fingerprint(fields), **sources, **others}
+
+    def sources(self, recipe: Recipe) -> dict[str, str]:
+        """Fingerprints of data and model, by name."""
+        named = {what: value for name, what in _MOVABLE.items() if (value := getattr(recipe, name))}
+        return {w: fingerprint(Path(v) if Path(v).exists() else v) for w, v in named.items()}  # or on the hub
 
     def _other(self, folder: str) -> str | None:
         """A fingerprint of another run's adapter; what it was when this run began, where it is gone since.
@@ -204,11 +236,14 @@ class Workspace:
         except ValueError as error:
             found, wrong = None, str(error)
         if not isinstance(found, dict):
-            raise EdgePeftError(f"{path} is damaged.", wrong, "Delete it; finished stages are then checked again.")
+            remedy = (
+                "Delete it and run the same command again: the adapter is checked, merging and exporting done anew."
+            )
+            raise EdgePeftError(f"{path} is damaged.", wrong, remedy)
         return found
 
 
-def _without_alias(wanted: Recipe) -> Recipe:
+def without_alias(wanted: Recipe) -> Recipe:
     """``qlora`` is ``lora`` at a precision: write both down."""
     if wanted.method is None:
         return wanted

@@ -75,7 +75,7 @@ FLOORS = (
         "ledger",
     },
     {"workspace", "train", "launch", "largest", "merge", "export"},
-    {"bring", "probe", "inferplan", "deploy", "report", "sharding"},
+    {"bring", "probe", "inferplan", "deploy", "report", "sharding", "whole"},
     {"replay"},
     {"extrapolate", "measure"},
     {"units"},

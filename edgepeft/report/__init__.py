@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
+from collections.abc import Iterator
 from importlib import metadata, resources
 from pathlib import Path
 from string import Template
@@ -67,3 +69,16 @@ def _versions() -> Html:
             continue  # an optional one; its absence is told by its not being listed
     entries = (tag("span", name, " ", tag("b", version)) for name, version in installed.items())
     return tag("p", *entries, class_="versions")
+
+
+@contextlib.contextmanager
+def afterwards(run: Path) -> Iterator[None]:
+    """Write the report of what there is afterwards, also of what failed or was stopped half-way."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # what went wrong before is what is said
+            if (run / "recipe.toml").exists():
+                write(run)
+        raise
+    write(run)
