@@ -327,9 +327,10 @@ def test_leftovers_of_killed_writes_are_cleared(tmp_path: Path) -> None:
         (tmp_path / "run" / name / "half").touch()
     (tmp_path / "run" / ".events.jsonl.17.part").touch()
     (tmp_path / "run" / "report.html").touch()
+    (tmp_path / "run" / "checkpoints" / "best").mkdir()  # without it the old one would be put back
     remove_leftovers(tmp_path / "run")
     left = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")}
-    assert left == {"report.html", "checkpoints"}
+    assert left == {"report.html", "checkpoints", "checkpoints/best"}
 
 
 def test_ctrl_c_while_the_adapter_is_written_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

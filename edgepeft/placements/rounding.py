@@ -17,7 +17,7 @@ from edgepeft import shards
 from edgepeft.surface import CHUNK
 
 _DROPPED = 0xFFFF  # the bits of an fp32 number that bf16 has no room for
-_NAN = 0x7FC00000  # of the numbers that are not, the first: a GPU computes the last, on which noise turns into zero
+_NAN = 0x7FC00000  # that of a CPU; a GPU computes 0x7FFFFFFF, which anything that is added turns into -0
 
 
 class AdamW(torch.optim.Optimizer):
