@@ -344,7 +344,7 @@ class _Job:
 
     def _start(self, trainable: int) -> dict[str, Any]:
         return {
-            "predicted_peak_bytes": self._planned()["predicted_peak_bytes"],
+            "predicted_peak_bytes": self._planned().get("predicted_peak_bytes"),  # unknown where plan.json was deleted
             "trainable": trainable,
             "hardware": self.hardware.name,
             **{name: getattr(self.recipe, name) for name in ("method", "precision", "devices", "strategy")},

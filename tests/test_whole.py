@@ -120,3 +120,13 @@ def test_a_plan_of_another_model_is_made_again_until_training_begins(tmp_path: P
         found.append((before[0].endswith("(as before)"), predicted))
     assert [kept for kept, _ in found] == [False, True, False]
     assert found[0][1] == found[1][1] < found[2][1]
+
+
+def test_without_its_plan_a_run_that_was_interrupted_goes_on(run: Path) -> None:
+    """As when a user follows what is said of a damaged plan.json; the adapter is made from the last checkpoint."""
+    made = training.result(run)
+    shutil.rmtree(run / "adapter")
+    (run / "plan.json").unlink()
+    said = again(run, "train")
+    assert any(line.startswith("train: ") and "done before" not in line for line in said)
+    assert training.result(run) == made
