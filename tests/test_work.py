@@ -44,6 +44,14 @@ def test_a_product_computes_and_moves_what_it_must() -> None:
     assert thin["thin.bf16"] == Work(1, 2 * 128 * 256 * 8, 2 * (128 * 256 + 256 * 8 + 128 * 8))
 
 
+def test_heads_are_thin_when_they_are_narrower_than_ranks_that_are() -> None:
+    for width, kind in ((16, "thin.fp32"), (32, "matmul.fp32"), (64, "matmul.fp32")):
+        heads = torch.ones(12, 128, width)
+        assert counted(lambda heads=heads: heads @ heads.mT).keys() - {"view"} == {kind}
+    left, right = torch.ones(128, 256), torch.ones(256, 32)
+    assert counted(lambda: left @ right).keys() == {"thin.fp32"}
+
+
 def test_elementwise_operators_read_and_write_once() -> None:
     x = torch.ones(1000)
     assert counted(lambda: x + x) == {"elementwise": Work(1, 0, 3 * 4000)}  # nobody looks whether the two are one
