@@ -32,7 +32,7 @@ def report(
     device = hardware.load(profile)
     lines += ["## Training steps on this CPU", "", (cpu_time.__doc__ or "").strip().split("\n\n")[1], ""]
     lines.append(
-        f"{device.title}, torch {torch.__version__}; one other process ran beside it. The profile is "
+        f"{device.title}, torch {torch.__version__}. The profile is "
         "tools/probe.py's and measures primitives, not steps. Microbatches: "
         + ", ".join(f"{job.model} {job.rows} x {job.tokens}" for job in cpu_time.JOBS)
         + "."

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edgepeft import hardware, heap
+from edgepeft import hardware, heap, roofline
 from edgepeft.errors import EdgePeftError
 from edgepeft.files import write_text
 from edgepeft.hardware import Hardware
@@ -35,7 +35,7 @@ TOKENS, WIDTH, INNER, RANK = 1024, 768, 3072, 8  # of a training step of BERT-ba
 ATTENTION = (4, 12, 128, 64)  # batch, heads, tokens, width of a head
 LAYERS = 16  # together larger than most caches
 ROUNDS, LEAST_SECONDS = 7, 0.05
-CALLS = 200
+CALLED_LAYERS = 8
 FEW_AND_MANY = (TOKENS // 4, TOKENS)
 _either = " and ".join(map(str, FEW_AND_MANY))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -199,19 +199,24 @@ class Probe:
         return self._moved("requantize", adam.step, "AdamW with states in 8 bits on 4 Mi fp32 parameters")
 
     def _call(self) -> float:
-        """Seconds an operator costs whatever it does: a chain of them on single numbers, forward and backward."""
-        start = torch.ones(1, device=self.device, requires_grad=True)
-        factor = torch.ones(1, device=self.device)
+        """Seconds an operator costs whatever it does: in a model so narrow that nothing else matters."""
+        from transformers import LlamaConfig, LlamaModel
 
-        def chain() -> None:
-            x = start
-            for _ in range(CALLS):
-                x = x * factor
-            x.backward()
+        narrow = LlamaConfig(
+            vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=CALLED_LAYERS, num_attention_heads=2
+        )
+        model = LlamaModel(narrow).to(self.device)
+        ids = torch.ones(1, 4, dtype=torch.long, device=self.device)
 
-        calls = sum(work.calls for kind, work in _counted(chain).work().items() if kind != "view")
-        self._say("call_seconds", "products of single numbers, forward and backward")
-        return self._seconds(chain) / calls
+        def step() -> None:
+            model(ids, use_cache=False).last_hidden_state.sum().backward()
+
+        step()  # from now on gradients are added to
+        calls = sum(
+            work.calls * (roofline.VIEW if kind == "view" else 1) for kind, work in _counted(step).work().items()
+        )
+        self._say("call_seconds", f"a Llama of {CALLED_LAYERS} layers 16 wide, forward and backward, by its operators")
+        return self._seconds(step) / calls
 
     def _rate(self, name: str, run: Callable[[], Any], work: float, what: str) -> float:
         self._say(name, what)
