@@ -70,7 +70,7 @@ def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
 def test_a_full_disk_is_said_to_be_full(tmp_path: Path) -> None:
     log = events.EventLog(tmp_path / "events.jsonl")
     log.close()
-    log._file = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
+    log._file = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115  (the log closes it)
     for write in (lambda: log.write("step", 1), log.close):
         with pytest.raises(EdgePeftError, match=r"The disk is full: .*events\.jsonl"):
             write()
