@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import bnb043
 import hf
-from edgepeft.cuda_semantics import Device
+from edgepeft.cuda_device import Device
 from edgepeft.placements import eight_bit
 from edgepeft.trace import Tracker, fake_device
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hf
-from edgepeft.cuda_semantics import Device
+from edgepeft.cuda_device import Device
 from edgepeft.trace import Tracker, fake_device
 
 A100 = Device(capability=(8, 0), version=(1, 13))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import causal
 import hf
-from edgepeft.cuda_semantics import Device
+from edgepeft.cuda_device import Device
 from edgepeft.trace import Tracker, fake_device
 
 RTX_4090 = Device(capability=(8, 9), version=(2, 1))

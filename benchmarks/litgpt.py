@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import bnb043
 import hf
 import sources
-from edgepeft.cuda_semantics import Device
+from edgepeft.cuda_device import Device
 from edgepeft.trace import Tracker, fake_device
 
 A100 = Device(capability=(8, 0), version=(2, 1))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import answers
 import hf
-from edgepeft.cuda_semantics import Device
+from edgepeft.cuda_device import Device
 from edgepeft.trace import Tracker, fake_device
 
 L40S = Device(capability=(8, 9), version=(2, 13))

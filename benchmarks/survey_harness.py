@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config, T5ForConditionalGeneration
 
 from edgepeft import cuda_semantics, roofline
+from edgepeft.cuda_device import Device
 from edgepeft.roofline import Work
 from edgepeft.work import Tally
 
@@ -162,7 +163,7 @@ def traced(model: str, row: str, setting: tuple[int, int, int], layers: int) -> 
     """Trained parameters, and the work of forward, backward and update of a model of so many layers."""
     config = T5Config(vocab_size=32128, num_layers=layers, **SIZES[model])
     phases: list[dict[str, Work]] = []
-    with cuda_semantics.emulated(cuda_semantics.Device()):
+    with cuda_semantics.emulated(Device()):
         with torch.device("meta"):
             net = built(row, config, narrow=False)
         net = net.to(device="meta", dtype=torch.bfloat16)
@@ -189,7 +190,7 @@ def timed(row: str) -> list[list[float]]:
     net = built(row, T5Config(num_layers=LAYERS, **NARROW), narrow=True)
     inputs = batch(1, 8, 8, device="cpu")
     found = []
-    with cuda_semantics.emulated(cuda_semantics.Device()):
+    with cuda_semantics.emulated(Device()):
         update = optimizer(net)
         for step in range(STEPS):
             start = time.process_time()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import hf
-from edgepeft.cuda_semantics import Device
+from edgepeft.cuda_device import Device
 from edgepeft.trace import Tracker, fake_device
 
 T4 = Device(capability=(7, 5), version=(2, 13))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgepeft import roofline
+from edgepeft.cuda_device import BLAS_THREADS, Device
 from edgepeft.hardware import Hardware
 from edgepeft.surface import ADAMW, AFTERWARDS, PASSING, TRAINING, WORKING, Configuration, Surface
 
@@ -95,6 +96,7 @@ def of(
     whole: bool,
 ) -> Candidate:
     """The candidate of one device, which has ``global_batch`` examples of an update to itself."""
+    traced = _of_architecture(traced, hardware)
     only = counted(hardware, whole)
 
     def need(size: int) -> int:
@@ -143,6 +145,14 @@ def of(
         ample=ample,
         strategy=strategy,
     )
+
+
+def _of_architecture(traced: Surface, hardware: Hardware) -> Surface:
+    """The surface with the workspaces that cuBLAS has on this GPU: those of traces are an Ampere's."""
+    if hardware.kind == "cpu" or hardware.capability is None:
+        return traced
+    more = Device(hardware.capability).blas_workspace_bytes - Device().blas_workspace_bytes
+    return traced.with_temporaries(BLAS_THREADS * more) if more else traced
 
 
 def _with_kept(traced: Surface, hardware: Hardware, size: int) -> int:

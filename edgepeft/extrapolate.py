@@ -19,7 +19,7 @@ import numpy as np
 from edgepeft import replay
 from edgepeft.catalog.fields import at_depth, depth, positions, positions_left
 from edgepeft.cross_entropy import chunks
-from edgepeft.cuda_semantics import Device
+from edgepeft.cuda_device import Device
 from edgepeft.methods import base
 from edgepeft.precision import is_converted, is_packed, stored_dtype
 from edgepeft.probe import Recording, as_config, recordings, refuse

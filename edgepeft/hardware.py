@@ -49,6 +49,8 @@ class Hardware:
     """Processor cores that a process may use."""
     instructions: tuple[str, ...] = ()
     """Instruction sets of a CPU that matter for tensors, named as in /proc/cpuinfo."""
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability, as (9, 0); absent: that of an Ampere is planned with."""
     devices: tuple[str, ...] = ()
     """Names under which the CUDA driver reports this device."""
     reached: Mapping[str, float] = field(default_factory=dict, hash=False)
@@ -231,6 +233,7 @@ def _read(path: Path) -> Hardware:
         providers=table.texts("providers"),
         cores=table.whole("cores") if "cores" in table else None,
         instructions=table.texts("instructions") if "instructions" in table else (),
+        capability=table.capability() if "capability" in table else None,
         devices=table.texts("devices") if "devices" in table else (),
         reached=table.reached(),
         interconnect=table.number("interconnect") if "interconnect" in table else None,
@@ -242,6 +245,8 @@ def _read(path: Path) -> Hardware:
     )
     if kind == "cpu" and hardware.processor is not None:
         raise table.error("processor", "a CPU has none beside itself")
+    if kind == "cpu" and hardware.capability is not None:
+        raise table.error("capability", "a CPU has none")
     table.end(Hardware.__dataclass_fields__.keys() - {"name"})
     return hardware
 
@@ -295,6 +300,7 @@ def _cuda(
                 name=AUTO,
                 title=device,
                 memory_bytes=memory_bytes,
+                capability=capability,
                 # The context grows as kernels are loaded, so what is used now is not all that will be.
                 reserved_bytes=max(used_bytes, known.reserved_bytes),
                 sources={
@@ -329,6 +335,7 @@ def _cuda(
         reserved_bytes=max(used_bytes, 616 * 2**20),
         bandwidth=bandwidth or 100e9,
         flops={dtype: rate * multiprocessors * hertz for dtype, rate in per_clock.items()},
+        capability=capability,
         providers=("CUDAExecutionProvider", "CPUExecutionProvider"),
         interconnect=None if integrated else INTERCONNECT,
         sources=sources,

@@ -15,7 +15,7 @@ from edgepeft import largest, precision, work
 from edgepeft import step as training
 from edgepeft.backbone import Backbone, Packing, as_config, skeleton
 from edgepeft.catalog.fields import at_depth, depth
-from edgepeft.cuda_semantics import Device
+from edgepeft.cuda_device import Device
 from edgepeft.evaluate import sample_logits, totals
 from edgepeft.merge import COMPARED, to_full_precision
 from edgepeft.methods import base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -82,6 +83,13 @@ class Table:
         if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
             raise self.error(key, "it is not a list of texts")
         return tuple(value)
+
+    def capability(self) -> tuple[int, int]:
+        """The compute capability, written as in ``"9.0"``."""
+        parts = re.fullmatch(r"(\d{1,2})\.(\d)", self.text("capability"))
+        if parts is None:
+            raise self.error("capability", "it is no compute capability", 'For example: capability = "8.0"')
+        return int(parts[1]), int(parts[2])
 
     def number(self, key: str) -> float:
         return self._number(key, self._take(key), _RANGES[key])

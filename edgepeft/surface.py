@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgepeft.roofline import Work, along
 
 KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "temporaries")
 PASSING = KINDS[-2:]  # the kinds that may grow with the microbatch
-TRAINING = ("loading", "forward+backward", "update", "evaluation", "checkpoint")
+LOADING = "loading"
+TRAINING = (LOADING, "forward+backward", "update", "evaluation", "checkpoint")
 """Phases of training; with several stages, each has its own of some. Merging and exporting come after it."""
 
 AFTERWARDS = ("merge", "reloading", "exporting")
@@ -127,6 +128,17 @@ class Surface:
     def work_at(self, microbatch: int) -> dict[str, dict[str, Work]]:
         """Phase → class of operator → what it does for one microbatch of this size."""
         return {phase: along(none, one, microbatch) for phase, (none, one) in self.work.items()}
+
+    def with_temporaries(self, more: int) -> Surface:
+        """The same where temporaries are so many bytes more, from the first step on: loading computes nothing."""
+
+        def grown(moment: Moment) -> Moment:
+            return replace(moment, fixed=(*moment.fixed[:-1], moment.fixed[-1] + more))
+
+        phases = {
+            phase: moments if phase == LOADING else tuple(map(grown, moments)) for phase, moments in self.phases.items()
+        }
+        return replace(self, phases=phases)
 
     def plain(self) -> dict[str, Any]:
         """As JSON, for files: see ``read``."""

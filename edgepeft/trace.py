@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from edgepeft import cuda_semantics
+from edgepeft.cuda_device import Device
 from edgepeft.placements import eight_bit
 from edgepeft.recall import RecallingMode, describe
 from edgepeft.roofline import Work
@@ -62,10 +63,10 @@ class Tracker(TorchDispatchMode):
         cuda: round and count workspaces as this CUDA device does; on the CPU neither is done.
     """
 
-    def __init__(self, *, cuda: cuda_semantics.Device | bool) -> None:
+    def __init__(self, *, cuda: Device | bool) -> None:
         super().__init__()
         self.fake: RecallingMode | None = None
-        self.cuda = cuda_semantics.Device() if cuda is True else cuda or None
+        self.cuda = Device() if cuda is True else cuda or None
         self.phases: dict[str, _Phase] = {}
         self._phase: _Phase | None = None
         self._uid = 0
@@ -109,7 +110,7 @@ class Tracker(TorchDispatchMode):
             self._record(-uid)
         return result
 
-    def _blas_workspace(self, device: cuda_semantics.Device) -> None:
+    def _blas_workspace(self, device: Device) -> None:
         """A handle of cuBLAS belongs to a thread, and autograd runs backward in a thread of its own."""
         backward = torch._C._current_graph_task_id() != -1
         if backward not in self._blas:
@@ -269,7 +270,7 @@ _USES, _STORAGE_USES = 4, 2
 
 
 @contextlib.contextmanager
-def fake_device(*, cuda: cuda_semantics.Device | bool) -> Iterator[Tracker]:
+def fake_device(*, cuda: Device | bool) -> Iterator[Tracker]:
     """Tensors made inside have shapes but no data; with ``cuda`` they allocate as on a CUDA device.
 
     Build model, optimizer and batches inside, label them, then run phases::

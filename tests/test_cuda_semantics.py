@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgepeft import cuda_semantics
+from edgepeft.cuda_device import Device
 from edgepeft.trace import Tracker, fake_device
 
 BATCH, HEADS, TOKENS, WIDTH = 2, 4, 64, 16
@@ -93,13 +94,14 @@ def test_softmax_backward_has_a_workspace() -> None:
         ((8, 9), (2, 13), 8519680),
         ((9, 0), (2, 13), 32 << 20),
         ((12, 0), (2, 13), 32 << 20),
+        ((12, 0), (2, 11), 8519680),
         ((7, 5), (1, 13), 4 << 20),
     ],
 )
 def test_forward_and_backward_have_a_cublas_workspace_each(
     capability: tuple[int, int], version: tuple[int, int], size: int
 ) -> None:
-    device = cuda_semantics.Device(capability, version)
+    device = Device(capability, version)
     with fake_device(cuda=device) as tracker:
         layer, x = nn.Linear(64, 64, bias=False), torch.empty(8, 64)
         with tracker.phase("forward"):
@@ -116,7 +118,7 @@ def test_forward_and_backward_have_a_cublas_workspace_each(
 @pytest.mark.parametrize(("capability", "scores"), [((7, 5), True), ((8, 0), False)])
 def test_grouped_heads_without_flash_attention_have_scores(capability: tuple[int, int], scores: bool) -> None:
     """The memory-efficient kernel takes no grouped heads: a T4 falls back to plain products."""
-    with fake_device(cuda=cuda_semantics.Device(capability)) as tracker:
+    with fake_device(cuda=Device(capability)) as tracker:
         query, key, value = states(heads=2)
         with tracker.phase("forward"):
             F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
@@ -179,7 +181,7 @@ def test_attention_has_the_shape_and_dtype_of_its_queries_and_backward_that_of_i
 
 def test_everything_is_put_back() -> None:
     before = (F.dropout, F.softmax, F.scaled_dot_product_attention)
-    with pytest.raises(ZeroDivisionError), cuda_semantics.emulated(cuda_semantics.Device()):
+    with pytest.raises(ZeroDivisionError), cuda_semantics.emulated(Device()):
         assert before[0] is not F.dropout
         raise ZeroDivisionError
     assert (F.dropout, F.softmax, F.scaled_dot_product_attention) == before

@@ -58,6 +58,7 @@ def test_profile_is_sane(name: str) -> None:
     assert device.sources.keys() == numbers(device)
     assert all(len(source) > 20 for source in device.sources.values())
     assert device.available_bytes == device.memory_bytes - device.reserved_bytes > 0
+    assert (device.capability is None) == (device.kind == "cpu")
     # The name states gigabytes of either kind; no driver reports more than is soldered on, nor much less.
     (stated,) = (int(size) for size in re.findall(r"(\d+)gb", name))
     assert 0.91 * stated * GIB < device.memory_bytes <= stated * GIB
@@ -191,6 +192,8 @@ def test_a_shipped_profile_takes_a_price_as_the_readme_says(name: str, tmp_path:
         ("providers", "watts = -1\nproviders", ["watts", "out of range", "watts"]),
         ("providers", "price = 0\nproviders", ["price", "out of range", "US dollars an hour"]),
         ("providers", "call_seconds = 5\nproviders", ["call_seconds", "out of range", "seconds"]),
+        ('kind = "cpu"', 'kind = "cpu"\ncapability = "9.0"', ["capability", "a CPU has none"]),
+        ('kind = "cpu"', 'kind = "cuda"\ncapability = "sm90"', ["capability", "no compute capability", '"8.0"']),
         ('kind = "cpu"', 'kind = "gpu"', ["kind", "'gpu'", '"cuda" or "cpu"']),
         ('title = "A board"', "title = 5", ["title", "not a text"]),
         ('["CPUExecutionProvider"]', '"CPUExecutionProvider"', ["providers", "list"]),
@@ -257,6 +260,7 @@ def test_known_cuda_device_takes_its_profile() -> None:
     assert (device.name, device.title, device.memory_bytes) == ("auto", "NVIDIA GeForce RTX 3060", 12_600_000_000)
     assert (device.flops, device.bandwidth) == (profile.flops, profile.bandwidth)
     assert device.reserved_bytes == profile.reserved_bytes
+    assert device.capability == profile.capability == (8, 6) == cuda(device="Another").capability
     assert cuda(used_bytes=5_000_000_000).reserved_bytes == 5_000_000_000
     assert device.sources.keys() == numbers(device) and "mem_get_info" in device.sources["memory_bytes"]
 

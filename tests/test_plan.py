@@ -12,6 +12,7 @@ from transformers import BertConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, 
 
 from edgepeft import backbone, candidate, extrapolate, hardware, probe, traces
 from edgepeft.cross_entropy import CHUNK_BYTES
+from edgepeft.cuda_device import Device
 from edgepeft.errors import UsageError
 from edgepeft.methods import base
 from edgepeft.precision import emulating
@@ -183,6 +184,22 @@ def test_freed_memory_is_kept_only_where_there_is_enough() -> None:
     tight = small_plan(hardware=small, **wanted).chosen()
     assert tight.fits and not tight.ample and tight.process_bytes == least
     assert not small_plan(microbatch=64).chosen().ample, "a GPU's allocator is another matter"
+
+
+def test_hopper_s_larger_workspaces_are_planned_as_they_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Surfaces are shared by all architectures, and cuBLAS has 32 MiB for each of two threads on this one."""
+    traced = {}
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr(probe, "_device", lambda _, capability=capability: Device(capability))
+        traced[capability] = probe.record(configuration(cuda=True), whole=True).tracker.peaks()
+    more = 2 * ((32 << 20) - 8_519_680)
+    differ = {phase: traced[9, 0][phase].peak_bytes - peak.peak_bytes for phase, peak in traced[8, 0].items()}
+    assert {"evaluation", "merge"} < differ.keys()
+    assert differ == {phase: 0 if phase == "loading" else more for phase in differ}
+    ampere, hopper = (small_plan(hardware=hardware.load(gpu)).candidates[0] for gpu in ("a100-80gb", "h100-80gb"))
+    assert {phase: hopper.phases[phase] - size for phase, size in ampere.phases.items()} == {
+        phase: 0 if phase == "loading" else more for phase in ampere.phases
+    }
 
 
 def test_groups_of_layers_are_extrapolated_as_groups() -> None:

@@ -20,6 +20,7 @@ FLOORS = (
     {
         "errors",
         "admission",
+        "cuda_device",
         "files",
         "fingerprints",
         "hardware",

@@ -291,6 +291,7 @@ def as_toml(device: Hardware) -> str:
     lines = [
         f"title = {_text(device.title)}",
         f'kind = "{device.kind}"',
+        *([f'capability = "{".".join(map(str, device.capability))}"'] if device.capability else []),
         *([f"devices = {texts(device.devices)}"] if device.devices else []),
         f"memory_bytes = {device.memory_bytes}",
         f"reserved_bytes = {device.reserved_bytes}",
