@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+_MEMBERSHIP, _ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -45,46 +47,72 @@ def memory() -> Memory:
     )
 
 
-def control_groups(
-    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> Iterator[tuple[int, int]]:
+def control_groups(membership: Path = _MEMBERSHIP, root: Path = _ROOT) -> Iterator[tuple[int, int]]:
     """Limit and use in bytes of each Linux control group this process is in, for those that limit memory.
 
-    Version 2 and version 1. What the page cache could give back does not count as used. Groups nest, and a container
-    may see only its own group at the root, so every level of the path is tried.
+    Version 2 and version 1. What the page cache could give back does not count as used.
+    """
+    for folder, second in _groups("memory", membership, root):
+        limit_name, used_name, cache_name = (
+            ("memory.max", "memory.current", "inactive_file")
+            if second
+            else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        )
+        try:
+            limit = (folder / limit_name).read_text(encoding="utf-8").strip()
+            used = int((folder / used_name).read_text(encoding="utf-8"))
+            rows = [row.split() for row in (folder / "memory.stat").read_text(encoding="utf-8").splitlines()]
+        except OSError:
+            continue  # the root has no limit of its own; a level outside the container is not there
+        if limit.isdigit():  # version 2 says "max" where there is none
+            cache = sum(int(row[1]) for row in rows if row[0] == cache_name)
+            yield int(limit), max(used - cache, 0)
+
+
+def quotas(membership: Path = _MEMBERSHIP, root: Path = _ROOT) -> Iterator[float]:
+    """Processors' worth of time that each Linux control group this process is in may use, for those that limit it."""
+    for folder, second in _groups("cpu", membership, root):
+        names = ("cpu.max",) if second else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        try:
+            text = " ".join((folder / name).read_text(encoding="utf-8") for name in names)
+        except OSError:
+            continue
+        quota, period = text.split()
+        if quota.isdigit():  # else it is "max", or -1 in version 1
+            yield int(quota) / int(period)
+
+
+def _groups(controller: str, membership: Path, root: Path) -> Iterator[tuple[Path, bool]]:
+    """The folders of this process's control groups, and whether each is of version 2.
+
+    Groups nest, and a container may see only its own group at the root, so every level of the path is tried.
     """
     if not membership.is_file():
         return
     for line in membership.read_text(encoding="utf-8").splitlines():
         _, controllers, group = line.split(":", 2)
-        if not controllers:
-            base, limit_name, used_name, cache_name = root, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            base, limit_name, used_name = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache_name = "total_inactive_file"
-        else:
+        if controllers and controller not in controllers.split(","):
             continue
+        base = root / controller if controllers else root
         own = base / group.lstrip("/")
         for folder in (own, *own.parents):
             if not folder.is_relative_to(base):
                 break
-            try:
-                limit = (folder / limit_name).read_text(encoding="utf-8").strip()
-                used = int((folder / used_name).read_text(encoding="utf-8"))
-                rows = [row.split() for row in (folder / "memory.stat").read_text(encoding="utf-8").splitlines()]
-            except OSError:
-                continue  # the root has no limit of its own; a level outside the container is not there
-            if limit.isdigit():  # version 2 says "max" where there is none
-                cache = sum(int(row[1]) for row in rows if row[0] == cache_name)
-                yield int(limit), max(used - cache, 0)
+            yield folder, not controllers
 
 
 def cores() -> int:
-    """Processor cores this process may run on. Two threads of one core share its arithmetic units and count once."""
+    """Processor cores this process may use: that it may run on, has the time of, and was told to use.
+
+    Two threads of one core share its arithmetic units and count once. A container may run on all cores of its host
+    and be stopped when it has used the time of some. ``OMP_NUM_THREADS`` is how PyTorch and others are told.
+    """
     import psutil
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, psutil.cpu_count(logical=False) or usable)
+    told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # one number for each level of nesting
+    limits = [psutil.cpu_count(logical=False) or usable, *map(int, quotas()), *([int(told)] if told.isdigit() else [])]
+    return max(1, min(usable, *limits))
 
 
 def clock() -> tuple[float, str]:

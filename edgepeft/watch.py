@@ -47,8 +47,8 @@ def rise(phases: MutableMapping[str, int], name: str, device: str) -> Iterator[N
     """Note in ``phases`` what loading or exporting a model takes, where operators do not tell.
 
     Its weights are read by other threads and its graph belongs to another library. On a CPU it is by how much the
-    process's resident memory rises, where the system tells: with libraries that are loaded on the way, and of mapped
-    weights only what was read.
+    process's resident memory rises, where the system tells: with libraries that are loaded on the way, and with mapped
+    weights as if all were read.
     """
     with reserved.allocated() if device == "cuda" else resident.rise() as found:
         yield

@@ -81,6 +81,31 @@ def test_control_groups_elsewhere_than_on_linux(tmp_path: Path) -> None:
     assert list(machine.control_groups(tmp_path / "absent", tmp_path)) == []
 
 
+def test_quotas_of_processor_time(tmp_path: Path) -> None:
+    membership, root = tmp_path / "cgroup", tmp_path / "fs"
+    write_group(root / "slice/job", {"cpu.max": "250000 100000"})
+    write_group(root / "slice", {"cpu.max": "max 100000"})
+    membership.write_text("0::/slice/job\n", encoding="utf-8")
+    assert list(machine.quotas(membership, root)) == [2.5]
+    write_group(root / "cpu", {"cpu.cfs_quota_us": "150000", "cpu.cfs_period_us": "50000"})
+    write_group(root / "cpu/free", {"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"})
+    membership.write_text("3:cpuacct,cpu:/free\n2:memory:/\n", encoding="utf-8")
+    assert list(machine.quotas(membership, root)) == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("quota", "told", "expected"), [(64.0, "", 4), (3.2, "all", 3), (0.5, "", 1), (64.0, "2,1", 2), (3.0, "0", 1)]
+)
+def test_cores_respect_quotas_and_what_was_told(
+    monkeypatch: pytest.MonkeyPatch, quota: float, told: str, expected: int
+) -> None:
+    monkeypatch.setattr(machine, "quotas", lambda: iter([quota]))
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 4)
+    assert machine.cores() == expected
+
+
 def test_memory_is_never_more_than_the_machine_has() -> None:
     memory = machine.memory()
     assert 0 <= memory.available_bytes <= memory.total_bytes <= psutil.virtual_memory().total

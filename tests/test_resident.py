@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from edgepeft import resident
 
@@ -40,6 +43,19 @@ def test_a_rise_in_another_is_part_of_it_and_forgets_no_peak() -> None:
     assert outer == [pytest.approx(192 * MiB, abs=8 * MiB)]
     assert kept[0] == again[0] == 1
     assert resident.peak_bytes() >= before
+
+
+@linux
+@pytest.mark.parametrize("read", [False, True])
+def test_mapped_weights_count_as_if_they_were_read(tmp_path: Path, read: bool) -> None:
+    """Loading maps a file that has the right dtype, and only training reads it."""
+    save_file({"weight": torch.ones(24 * MiB)}, path := tmp_path / "model.safetensors")
+    with resident.rise() as found, safe_open(path, framework="pt") as file:
+        weight = file.get_tensor("weight")
+        if read:
+            weight.sum()
+    assert found == [pytest.approx(96 * MiB, abs=12 * MiB)]
+    assert weight[-1] == 1
 
 
 def test_where_the_system_cannot_forget_nothing_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def _phases(run: Run) -> Html | None:
     note = (
         "Bytes of tensors at the peak of each phase. Without a measurement: not reached, or not to be followed here. "
         "Of loading, reloading and exporting on a CPU by how much the process grew: with libraries that came on the "
-        "way, and without weights that are mapped and not read yet. "
+        "way, and with weights that are mapped as if all were read. "
         "Of the whole process: on a CPU what is resident, with libraries and what the heap keeps; on a GPU what is "
         "reserved."
     )
