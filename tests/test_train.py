@@ -175,6 +175,22 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
     assert training.result(out) == training.result(out.parent / "whole")
 
 
+def test_what_the_error_of_a_damaged_best_adapter_says_trains_anew(tmp_path: Path) -> None:
+    chosen, out = training.written("causal-lm"), tmp_path / "run"
+    training.run(chosen, out)
+    made = training.result(out)
+    shutil.rmtree(out / "adapter")
+    best = out / "checkpoints" / "best" / "adapter.safetensors"
+    best.write_bytes(best.read_bytes()[:-10])
+    with pytest.raises(EdgePeftError, match="cannot be read") as caught:
+        training.run(chosen, out)
+    assert f"Delete the folder {out / 'checkpoints'} and run the same command again" in caught.value.remedy
+    assert not (out / "adapter").exists()
+    shutil.rmtree(out / "checkpoints")
+    training.run(chosen, out)
+    assert training.result(out) == made
+
+
 def test_a_checkpoint_of_another_method_is_refused(stopped: tuple[Recipe, Path]) -> None:
     _, out = stopped
     with pytest.raises(EdgePeftError, match="does not belong to this model") as caught:

@@ -122,6 +122,29 @@ def test_a_plan_of_another_model_is_made_again_until_training_begins(tmp_path: P
     assert found[0][1] == found[1][1] < found[2][1]
 
 
+@pytest.mark.parametrize("other", ["data", "hardware"])
+def test_a_plan_of_other_data_or_hardware_is_made_again(tmp_path: Path, other: str) -> None:
+    """Both are larger: longer texts, which take more, or more memory, in which more fits."""
+    rows = Path(asked().data).read_text(encoding="utf-8").splitlines()
+    (tmp_path / "data.jsonl").write_text("\n".join(rows), encoding="utf-8")
+
+    def planned(board: str) -> tuple[bool, int]:
+        wanted = asked(data=str(tmp_path / "data.jsonl"), hardware=board, max_tokens=32)
+        said: list[str] = []
+        pipeline.run(wanted, tmp_path / "run", until="plan", say=said.append)
+        [line] = [line for line in said if line.startswith("plan: ")]
+        found = json.loads((tmp_path / "run" / "plan.json").read_text())
+        return line.endswith("(as before)"), found["predicted_phases"]["forward+backward"]
+
+    first, again = planned("raspberry-pi-5-8gb"), planned("raspberry-pi-5-8gb")
+    if other == "data":
+        longer = [json.dumps({**json.loads(row), "text": " ".join(training.WORDS * 4)}) for row in rows]
+        (tmp_path / "data.jsonl").write_text("\n".join(longer), encoding="utf-8")
+    changed = planned("raspberry-pi-5-8gb" if other == "data" else "cpu-x86-16gb")
+    assert (first[0], again, changed[0]) == (False, (True, first[1]), False)
+    assert (changed[1] > first[1]) == (other == "data")
+
+
 def test_without_its_plan_a_run_that_was_interrupted_goes_on(run: Path) -> None:
     """As when a user follows what is said of a damaged plan.json; the adapter is made from the last checkpoint."""
     made = training.result(run)
