@@ -163,7 +163,7 @@ def rows_of(path: Path) -> str:
         raise UsageError(f"{path} holds no rows.", "It is not UTF-8 text.", "Give another file.") from error
     if text and text.partition("\n")[0] != ",".join(COLUMNS):
         raise UsageError(f"{path} holds other rows.", "Its first line is another header.", "Give another file.")
-    return text
+    return text if not text or text.endswith("\n") else f"{text}\n"
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

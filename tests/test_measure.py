@@ -70,9 +70,11 @@ def test_checkpointing_is_refused_where_training_refuses_it() -> None:
 
 
 def test_rows_add_up(tmp_path: Path) -> None:
+    """Also where an editor left the last line without an end."""
     row = dict.fromkeys(measure.COLUMNS, "a, b")
-    for _ in range(2):
-        measure.append(tmp_path / "rows.csv", row)
+    measure.append(tmp_path / "rows.csv", row)
+    (tmp_path / "rows.csv").write_text((tmp_path / "rows.csv").read_text().removesuffix("\n"), encoding="utf-8")
+    measure.append(tmp_path / "rows.csv", row)
     with (tmp_path / "rows.csv").open(encoding="utf-8") as file:
         assert list(csv.DictReader(file)) == [row, row]
 
