@@ -101,18 +101,26 @@ def _groups(controller: str, membership: Path, root: Path) -> Iterator[tuple[Pat
             yield folder, not controllers
 
 
-def cores() -> int:
-    """Processor cores this process may use: that it may run on, has the time of, and was told to use.
+def processors() -> int:
+    """Logical processors this process may run on and has the time of.
 
-    Two threads of one core share its arithmetic units and count once. A container may run on all cores of its host
-    and be stopped when it has used the time of some. ``OMP_NUM_THREADS`` is how PyTorch and others are told.
+    A container may run on all processors of its host, and is stopped when it has used the time of some.
+    """
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([there, *map(int, quotas())]))
+
+
+def cores() -> int:
+    """Processor cores this process may use in threads, as many as ``OMP_NUM_THREADS`` tells PyTorch and others at most.
+
+    Two threads of one core share its arithmetic units and count once.
     """
     import psutil
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = processors()
     told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # one number for each level of nesting
-    limits = [psutil.cpu_count(logical=False) or usable, *map(int, quotas()), *([int(told)] if told.isdigit() else [])]
-    return max(1, min(usable, *limits))
+    told_cores = int(told) if told.isdigit() and int(told) else usable
+    return min(usable, psutil.cpu_count(logical=False) or usable, told_cores)
 
 
 def clock() -> tuple[float, str]:

@@ -94,7 +94,7 @@ def test_quotas_of_processor_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quota", "told", "expected"), [(64.0, "", 4), (3.2, "all", 3), (0.5, "", 1), (64.0, "2,1", 2), (3.0, "0", 1)]
+    ("quota", "told", "expected"), [(64.0, "", 4), (3.2, "all", 3), (0.5, "", 1), (64.0, "2,1", 2), (3.0, "0", 3)]
 )
 def test_cores_respect_quotas_and_what_was_told(
     monkeypatch: pytest.MonkeyPatch, quota: float, told: str, expected: int

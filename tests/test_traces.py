@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from edgepeft import catalog, evidence, extrapolate, planning, recipe, surface, traces, units
+from edgepeft import catalog, evidence, extrapolate, machine, planning, recipe, surface, traces, units
 from edgepeft import hardware as profiles
 from edgepeft.errors import UsageError
 from edgepeft.methods import base
@@ -222,6 +223,21 @@ def test_a_stage_that_updates_nothing_is_not_planned() -> None:
     assert {name for name in found.phases if name.endswith("forward+backward")} == {"train: forward+backward"}
     _, held = found.at(1, ["checkpoint"])
     assert held["adapter"] > 4 * traces.fields("minilm-l6")["hidden_size"] * 512, "with the MLP that is trained"
+
+
+@pytest.mark.parametrize(("processors", "gigabytes", "count"), [(64, 4, 8), (2, 64, 2), (4, 0.1, 1)])
+def test_as_many_processes_trace_as_have_a_processor_and_memory(
+    processors: int, gigabytes: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = machine.Memory(
+        total_bytes=1 << 40, available_bytes=int(gigabytes * 1e9), total_source="", available_source=""
+    )
+    monkeypatch.setattr(machine, "processors", lambda: processors)
+    monkeypatch.setattr(machine, "memory", lambda: memory)
+    started: list[int] = []
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda workers, **others: started.append(workers))
+    traces._pool.__wrapped__()
+    assert started == [count]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
