@@ -113,6 +113,34 @@ def test_what_is_written_otherwise_comes_with_a_command_that_rewrites_it(
     assert [row for _, row in rows(tmp_path / written)] == [{"text": "a; \u6f22,\nb", "label": "1"}]
 
 
+@pytest.mark.parametrize(
+    ("besides", "message"),
+    [
+        ({"tool_calls": [{"function": {"name": "f"}}]}, "message 2 has tool_calls, which would be left out"),
+        ({"thinking": "Hm."}, "message 2 has thinking, which would be left out"),
+        ({"weight": 0}, "message 2 has the weight 0, and would be learned"),
+    ],
+)
+def test_what_a_message_says_besides_its_content_is_not_dropped(
+    besides: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **besides}]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat}] * 2)
+    with pytest.raises(UsageError, match=f"a.jsonl, line 1: {message}"):
+        load(str(source), tokenizer=byte_level(chat_template=CHATML), cache=tmp_path / "cache", max_tokens=64)
+
+
+def test_what_a_message_has_besides_and_says_nothing_is_let_be(tmp_path: Path) -> None:
+    """Parquet gives every message every key of any."""
+    none = {"tool_calls": None, "thinking": "", "name": "x", "weight": None}
+    chat = [{"role": "user", "content": "a", **none}, {"role": "assistant", "content": "b", **none, "weight": 1}]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat}] * 2)
+    tokenizer = byte_level(chat_template=CHATML)
+    data = load(str(source), tokenizer=tokenizer, cache=tmp_path / "cache", max_tokens=64)
+    plain = [{"role": message["role"], "content": message["content"]} for message in chat]
+    assert data.train.examples([0])[0].fields["messages"] == plain
+
+
 def test_a_comma_in_the_name_of_the_only_column_separates_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('"text, long"\na\n')
     assert [row for _, row in rows(tmp_path / "a.csv")] == [{"text, long": "a"}]
