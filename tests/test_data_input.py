@@ -132,7 +132,7 @@ def test_what_a_message_says_besides_its_content_is_not_dropped(
 
 def test_what_a_message_has_besides_and_says_nothing_is_let_be(tmp_path: Path) -> None:
     """Parquet gives every message every key of any."""
-    none = {"tool_calls": None, "thinking": "", "name": "x", "weight": None}
+    none: dict[str, Any] = {"tool_calls": None, "thinking": "", "name": "x", "weight": None}
     chat = [{"role": "user", "content": "a", **none}, {"role": "assistant", "content": "b", **none, "weight": 1}]
     source = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat}] * 2)
     tokenizer = byte_level(chat_template=CHATML)
@@ -238,6 +238,15 @@ def test_label_seen_only_in_validation_is_named(tmp_path: Path) -> None:
     write_jsonl(held_out, [])
     with pytest.raises(UsageError, match="held.jsonl holds no data"):
         reviews(tmp_path, train, validation=str(held_out))
+
+
+def test_labels_that_look_the_same_are_no_two_classes(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [*REVIEWS, {"text": "fine", "label": "y "}])
+    with pytest.raises(UsageError, match="a.jsonl, line 21: the label 'y ' differs from 'y' in white space alone"):
+        reviews(tmp_path, source)
+    # In `a, b` each label begins with a space: they are the same ones still.
+    source = write_jsonl(tmp_path / "b.jsonl", [{**row, "label": f" {row['label']}"} for row in REVIEWS])
+    assert reviews(tmp_path, source).labels == (" n", " y")
 
 
 @pytest.mark.parametrize(
