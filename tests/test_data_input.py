@@ -187,6 +187,21 @@ def test_hub_data_set_with_named_classes(tmp_path: Path, monkeypatch: pytest.Mon
     assert example.reference == ("bad", "good")[int(example.fields["text"].split()[1]) % 2]
 
 
+def test_parquet_of_datasets_keeps_the_names_of_its_classes(tmp_path: Path) -> None:
+    import datasets
+
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["good", "bad"])}
+    features["said"] = [{"by": datasets.Value("string")}]
+    numbers = [{"text": f"film {i}", "label": i % 2, "said": []} for i in range(20)]
+    made = datasets.Dataset.from_list(numbers, features=datasets.Features(features))
+    made.to_parquet(tmp_path / "a.parquet")
+    assert [row["label"] for _, row in rows(tmp_path / "a.parquet")] == ["good", "bad"] * 10
+    assert reviews(tmp_path, tmp_path / "a.parquet").labels == ("bad", "good")
+    made.add_item({"text": "film", "label": -1, "said": []}).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(UsageError, match="b.parquet, row 21: 'label' is empty"):
+        reviews(tmp_path, tmp_path / "b.parquet")
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize(
     ("endings", "refused"),

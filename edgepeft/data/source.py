@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 
-from edgepeft.data.read import SUFFIXES, Row, rows
+from edgepeft.data.read import SUFFIXES, Row, named, rows
 from edgepeft.errors import UsageError, beside
 
 
@@ -146,9 +146,7 @@ def _hub(source: str) -> dict[str, Source]:
 
 
 def _named(source: str, table: datasets.Dataset) -> Iterator[Row]:
-    """Rows of a hub data set, its class numbers replaced by their names (-1 stands for none)."""
-    classes = {name: kind for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
+    """Rows of a hub data set, its class numbers replaced by their names."""
+    classes = {name: kind.names for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
     for number, row in enumerate(table, 1):
-        for column, kind in classes.items():
-            row[column] = kind.int2str(row[column]) if row[column] not in (None, -1) else None
-        yield f"{source} ({table.split}), row {number}", row
+        yield f"{source} ({table.split}), row {number}", named(row, classes)
