@@ -202,6 +202,35 @@ def test_parquet_of_datasets_keeps_the_names_of_its_classes(tmp_path: Path) -> N
         reviews(tmp_path, tmp_path / "b.parquet")
 
 
+def test_folder_of_save_to_disk_comes_with_a_command_that_rewrites_it(tmp_path: Path) -> None:
+    import datasets
+
+    label = datasets.ClassLabel(names=["n", "y"])
+    made = datasets.Dataset.from_list(REVIEWS).cast_column("label", label)
+    made.save_to_disk(tmp_path / "a b")
+    datasets.DatasetDict({"train": made, "validation": made}).save_to_disk(tmp_path / "both")
+    for name, held_out in (("a b", 2), ("both", 20)):
+        with pytest.raises(UsageError, match=f"{name} was written by save_to_disk") as refusal:
+            reviews(tmp_path, tmp_path / name)
+        subprocess.run(refusal.value.remedy.splitlines()[1], shell=True, check=True)
+        data = reviews(tmp_path, tmp_path / f"{name}-parquet")
+        assert (data.labels, len(data.validation)) == (("n", "y"), held_out)
+
+
+def test_validation_data_of_another_name_is_not_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "films"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", REVIEWS)
+    write_jsonl(folder / "dev.jsonl", REVIEWS[:4])
+    with pytest.raises(UsageError, match=r"films has no file validation, but dev.jsonl") as refusal:
+        reviews(tmp_path, folder)
+    assert f"--set validation={folder / 'dev.jsonl'}" in refusal.value.remedy
+    assert len(reviews(tmp_path, folder, validation=str(folder / "dev.jsonl")).validation) == 4
+    assert len(reviews(tmp_path, folder / "train.jsonl").validation) == 2
+    (folder / "dev.jsonl").rename(folder / "dev.txt")
+    assert len(reviews(tmp_path, folder).validation) == 2
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize(
     ("endings", "refused"),
