@@ -100,7 +100,7 @@ def test_bad_files_are_named_with_line(tmp_path: Path, name: str, content: bytes
     [
         ("a b.csv", '\ufeff"text";label\n"a; \u6f22,\nb";1\n', "commas-a b.csv"),
         ("a.csv", 'text|label\n"a; \u6f22,\nb"|1\n', "commas-a.csv"),
-        ("a.json", '[{"text": "a; \u6f22,\\nb",\n "label": "1"}]', "lines-a.json"),
+        ("a.json", '\ufeff[{"text": "a; \u6f22,\\nb",\n "label": "1"}]', "lines-a.json"),
     ],
 )
 def test_what_is_written_otherwise_comes_with_a_command_that_rewrites_it(
@@ -128,6 +128,17 @@ def test_what_a_message_says_besides_its_content_is_not_dropped(
     source = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat}] * 2)
     with pytest.raises(UsageError, match=f"a.jsonl, line 1: {message}"):
         load(str(source), tokenizer=byte_level(chat_template=CHATML), cache=tmp_path / "cache", max_tokens=64)
+
+
+def test_a_system_message_in_a_column_of_its_own_is_not_dropped(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    first = [{"role": "system", "content": "Be brief."}]
+    tokenizer = byte_level(chat_template=CHATML)
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat, "system": ""}, {"messages": chat, "system": "Hi."}])
+    with pytest.raises(UsageError, match="a.jsonl, line 2: the system message in the column 'system' would be left"):
+        load(str(source), tokenizer=tokenizer, cache=tmp_path / "cache", max_tokens=64)
+    source = write_jsonl(tmp_path / "b.jsonl", [{"messages": first + chat, "system": "Be brief."}] * 2)
+    assert len(load(str(source), tokenizer=tokenizer, cache=tmp_path / "cache", max_tokens=64).train) == 1
 
 
 def test_what_a_message_has_besides_and_says_nothing_is_let_be(tmp_path: Path) -> None:

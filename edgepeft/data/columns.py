@@ -44,6 +44,7 @@ class Layout:
                 if shapes.is_sharegpt(value):
                     raise shapes.sharegpt(where, column)
                 values[field] = _messages(where, value)
+                _check_system(where, row, value)
             elif field == "label" and isinstance(value, int):
                 values[field] = str(value).lower() if isinstance(value, bool) else str(value)
             elif isinstance(value, str):
@@ -98,6 +99,16 @@ def _messages(where: str, value: Any) -> list[dict[str, str]]:
             "Correct the row.",
         )
     return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _check_system(where: str, row: Mapping[str, Any], messages: list[dict[str, str]]) -> None:
+    """Refuse a system message in a column of its own: a template would put the model's default one in its place."""
+    if isinstance(row.get("system"), str) and row["system"].strip() and messages[0]["role"] != "system":
+        raise UsageError(
+            f"{where}: the system message in the column 'system' would be left out.",
+            "A conversation is read from its messages alone.",
+            "Write it as the first of them, with the role system, or delete the column.",
+        )
 
 
 _BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")

@@ -151,7 +151,10 @@ def _separated(path: Path, where: str, sign: str) -> UsageError:
     )
 
 
-_LINES = "import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]"
+_LINES = (
+    'import json, sys; sys.stdin.reconfigure(encoding="utf-8-sig"); '
+    "[print(json.dumps(row)) for row in json.load(sys.stdin)]"
+)
 _COMMAS = (
     'import csv, sys; sys.stdin.reconfigure(encoding="utf-8-sig", newline=""); '
     'csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter="{sign}"))'
