@@ -60,6 +60,9 @@ def test_errors_give_fact_cause_and_remedy_and_a_code(capsys: pytest.CaptureFixt
         assert f"Drop {flags[0]}." in capsys.readouterr().err
     assert main([str(copy), "text", "--max-new-tokens", "-4"]) == 2
     assert "most new tokens is -4" in capsys.readouterr().err
+    for flags in (["--top-p", "0.9", "--seed", "1"], ["--top-p", "0.9", "--seed", "1", "--temperature", "0"]):
+        assert main([str(copy), "text", *flags]) == 2
+        assert "--top-p and --seed would change nothing." in capsys.readouterr().err
     assert main([folder, " "]) == 2
     assert "No text was given." in capsys.readouterr().err
     assert main([folder, "text", "--threads", "0"]) == 2

@@ -82,6 +82,14 @@ def _classify(device: Device, text: str, arguments: argparse.Namespace) -> None:
 
 
 def _generate(device: Device, text: str, arguments: argparse.Namespace) -> None:
+    if not arguments.temperature and (
+        idle := [f"--{name.replace('_', '-')}" for name in ("top_p", "seed") if vars(arguments)[name] is not None]
+    ):
+        raise UsageError(
+            f"{' and '.join(idle)} would change nothing.",
+            "At temperature 0, the default, the likeliest token is taken.",
+            f"Add --temperature 1, or drop {' and '.join(idle)}.",
+        )
     prompt: Prompt = text
     if arguments.system is not None:
         prompt = [{"role": "system", "content": arguments.system}, {"role": "user", "content": text}]
