@@ -240,7 +240,8 @@ def save(model: PreTrainedModel, directory: Path, tokens: PreTrainedTokenizerFas
     state = {name: value.t().contiguous() if name in turned else value for name, value in model.state_dict().items()}
     model.config.dtype = model.dtype
     with _quietly():
-        model.save_pretrained(directory, state_dict=state)
+        # Under the model's own names: some families' files have others, and layers fused, for code of before.
+        model.save_pretrained(directory, state_dict=state, save_original_format=False)
         tokens.save_pretrained(directory)
 
 

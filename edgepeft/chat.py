@@ -82,5 +82,4 @@ def turns(template: Mapping[str, Any], messages: Sequence[Mapping[str, str]]) ->
 
 def end_of_turn(template: Mapping[str, Any]) -> str:
     """The text that closes an answer in a chat template, e.g. ``<|im_end|>``."""
-    after = str(template["roles"]["assistant"][1])
-    return after.rstrip() or after
+    return str(template["roles"]["assistant"][1]).rstrip()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import typer
 
 from edgepeft import flags, plancommand
 from edgepeft.errors import EdgePeftError, UsageError, said
+from edgepeft.output import bear_any_text, print_json
 
 if TYPE_CHECKING:
     from edgepeft.ledger import Row
@@ -62,7 +62,7 @@ def profiles(
     found = [hardware.load(name)] if name else [hardware.load(each) for each in hardware.names()]
     if as_json:
         shown = [{**asdict(each), "available_bytes": each.available_bytes} for each in found]
-        _print_json(shown[0] if name else shown)
+        print_json(shown[0] if name else shown, indent=2)
     elif name:
         tables.profile(found[0])
     else:
@@ -82,7 +82,7 @@ def methods(
 
     found = [taxonomy.describe(base.find(name))] if name else taxonomy.catalogue()
     if as_json:
-        _print_json(found[0] if name else [{key: each[key] for key in _LISTED} for each in found])
+        print_json(found[0] if name else [{key: each[key] for key in _LISTED} for each in found], indent=2)
     elif name:
         tables.method(found[0])
     else:
@@ -145,7 +145,7 @@ def measure(
     if out is not None:
         measuring.append(out, row)
     if as_json:
-        _print_json(row)
+        print_json(row, indent=2)
     else:
         tables.measured(row)
 
@@ -257,6 +257,7 @@ def infer(context: typer.Context) -> None:
 def main() -> None:
     """The ``edgepeft`` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    bear_any_text()
     try:
         app(standalone_mode=True)
     except EdgePeftError as error:
@@ -308,7 +309,7 @@ def _run(values: dict[str, Any], out: Path, until: str, as_json: bool) -> None:
     space = pipeline.run(recipes.create(values), out, until=until, say=tables.quiet if as_json else tables.say)
     rows = ledger.read(space.ledger)
     if as_json:
-        _print_json({"out": str(out), "ledger": [asdict(row) for row in rows]})
+        print_json({"out": str(out), "ledger": [asdict(row) for row in rows]}, indent=2)
     else:
         tables.ledger(rows)
         _warn(rows)
@@ -326,10 +327,6 @@ def _warn(rows: Sequence[Row]) -> None:
     if base and tuned and not better("classification" if "accuracy" in base else "", tuned, base):
         before, after = (", ".join(f"{name} {value:.4f}" for name, value in each.items()) for each in (base, tuned))
         tables.say(f"Fine-tuning did not help: {before} became {after}. Try more epochs (--epochs) or another --lr.")
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -13,6 +12,7 @@ import typer
 
 from edgepeft import flags
 from edgepeft.errors import EdgePeftError, UsageError
+from edgepeft.output import print_json
 from edgepeft.report import heatmap
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def plan(
         if not as_json:
             raise EdgePeftError(fact, cause, alternatives.remedy(ways))
     if as_json:
-        _print_json({**found.as_json(), "alternatives": [asdict(way) for way in ways]})
+        print_json({**found.as_json(), "alternatives": [asdict(way) for way in ways]}, indent=2)
         if found.choice is None:
             raise typer.Exit(1)
 
@@ -145,7 +145,7 @@ def _machines(plans: Sequence[Plan], html: Path | None, as_json: bool) -> None:
     if html is not None:
         heatmap.write(plain, html)
     if as_json:
-        _print_json(plain)
+        print_json(plain, indent=2)
     else:
         tables.machines(plain)
     if all(each.choice is None for each in plans):
@@ -178,7 +178,7 @@ def _inference(
     planned = partial(inferplan.plan_model, source, device, task=task, trust_remote_code=trust_remote_code)
     found = planned(tokens=tokens)
     if as_json:
-        _print_json(found.as_json())
+        print_json(found.as_json(), indent=2)
     else:
         tables.inference(found)
         tables.say(found.lengths)
@@ -209,7 +209,3 @@ def _check_new(flag: str, path: Path | None, replaceable: Callable[[Path], bool]
             "Nothing in it was touched.",
             "Give another name, or delete it.",
         )
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))

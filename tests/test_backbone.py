@@ -226,6 +226,15 @@ def test_gguf_loads_the_weights_of_the_converted_folder_and_saves_them(tmp_path:
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
+def test_gguf_splits_text_as_the_model_learned_it() -> None:
+    """Each digit alone; transformers splits as GPT-2 does, which gives other tokens near numbers."""
+    ours, theirs = (
+        backbone.tokenizer(backbone.resolve(str(MODELS / f"smollm2-135m-instruct{ending}"))) for ending in (".gguf", "")
+    )
+    for text in ("the 324 metres", "Hello  world\n\n 123 don't", "\u6f22\u5b57 \u0661\u0662 \u00bd x2"):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+
+
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_bars_are_as_they_were_after_loading(shown: bool) -> None:
     logging = transformers.utils.logging

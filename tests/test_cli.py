@@ -48,6 +48,11 @@ def test_methods_as_json() -> None:
     assert all(option["meaning"] for option in options)
 
 
+def test_a_terminal_without_the_characters_of_tables_is_no_error() -> None:
+    result = edgepeft("methods", PYTHONIOENCODING="ascii")
+    assert result.returncode == 0 and "lora" in result.stdout, result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

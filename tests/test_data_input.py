@@ -100,7 +100,7 @@ def test_bad_files_are_named_with_line(tmp_path: Path, name: str, content: bytes
     [
         ("a b.csv", '\ufeff"text";label\n"a; \u6f22,\nb";1\n', "commas-a b.csv"),
         ("a.csv", 'text|label\n"a; \u6f22,\nb"|1\n', "commas-a.csv"),
-        ("a.json", '[{"text": "a; \u6f22,\\nb",\n "label": "1"}]', "lines-a.json"),
+        ("a.json", '\ufeff[{"text": "a; \u6f22,\\nb",\n "label": "1"}]', "lines-a.json"),
     ],
 )
 def test_what_is_written_otherwise_comes_with_a_command_that_rewrites_it(
@@ -111,6 +111,45 @@ def test_what_is_written_otherwise_comes_with_a_command_that_rewrites_it(
         list(rows(tmp_path / name))
     subprocess.run(refusal.value.remedy.splitlines()[1], shell=True, check=True)
     assert [row for _, row in rows(tmp_path / written)] == [{"text": "a; \u6f22,\nb", "label": "1"}]
+
+
+@pytest.mark.parametrize(
+    ("besides", "message"),
+    [
+        ({"tool_calls": [{"function": {"name": "f"}}]}, "message 2 has tool_calls, which would be left out"),
+        ({"thinking": "Hm."}, "message 2 has thinking, which would be left out"),
+        ({"weight": 0}, "message 2 has the weight 0, and would be learned"),
+    ],
+)
+def test_what_a_message_says_besides_its_content_is_not_dropped(
+    besides: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **besides}]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat}] * 2)
+    with pytest.raises(UsageError, match=f"a.jsonl, line 1: {message}"):
+        load(str(source), tokenizer=byte_level(chat_template=CHATML), cache=tmp_path / "cache", max_tokens=64)
+
+
+def test_a_system_message_in_a_column_of_its_own_is_not_dropped(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    first = [{"role": "system", "content": "Be brief."}]
+    tokenizer = byte_level(chat_template=CHATML)
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat, "system": ""}, {"messages": chat, "system": "Hi."}])
+    with pytest.raises(UsageError, match="a.jsonl, line 2: the system message in the column 'system' would be left"):
+        load(str(source), tokenizer=tokenizer, cache=tmp_path / "cache", max_tokens=64)
+    source = write_jsonl(tmp_path / "b.jsonl", [{"messages": first + chat, "system": "Be brief."}] * 2)
+    assert len(load(str(source), tokenizer=tokenizer, cache=tmp_path / "cache", max_tokens=64).train) == 1
+
+
+def test_what_a_message_has_besides_and_says_nothing_is_let_be(tmp_path: Path) -> None:
+    """Parquet gives every message every key of any."""
+    none: dict[str, Any] = {"tool_calls": None, "thinking": "", "name": "x", "weight": None}
+    chat = [{"role": "user", "content": "a", **none}, {"role": "assistant", "content": "b", **none, "weight": 1}]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat}] * 2)
+    tokenizer = byte_level(chat_template=CHATML)
+    data = load(str(source), tokenizer=tokenizer, cache=tmp_path / "cache", max_tokens=64)
+    plain = [{"role": message["role"], "content": message["content"]} for message in chat]
+    assert data.train.examples([0])[0].fields["messages"] == plain
 
 
 def test_a_comma_in_the_name_of_the_only_column_separates_nothing(tmp_path: Path) -> None:
@@ -157,6 +196,50 @@ def test_hub_data_set_with_named_classes(tmp_path: Path, monkeypatch: pytest.Mon
     example = data.train.examples([0])[0]
     assert example.where.startswith("someone/films (train), row ")
     assert example.reference == ("bad", "good")[int(example.fields["text"].split()[1]) % 2]
+
+
+def test_parquet_of_datasets_keeps_the_names_of_its_classes(tmp_path: Path) -> None:
+    import datasets
+
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["good", "bad"])}
+    features["said"] = [{"by": datasets.Value("string")}]
+    numbers = [{"text": f"film {i}", "label": i % 2, "said": []} for i in range(20)]
+    made = datasets.Dataset.from_list(numbers, features=datasets.Features(features))
+    made.to_parquet(tmp_path / "a.parquet")
+    assert [row["label"] for _, row in rows(tmp_path / "a.parquet")] == ["good", "bad"] * 10
+    assert reviews(tmp_path, tmp_path / "a.parquet").labels == ("bad", "good")
+    made.add_item({"text": "film", "label": -1, "said": []}).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(UsageError, match="b.parquet, row 21: 'label' is empty"):
+        reviews(tmp_path, tmp_path / "b.parquet")
+
+
+def test_folder_of_save_to_disk_comes_with_a_command_that_rewrites_it(tmp_path: Path) -> None:
+    import datasets
+
+    label = datasets.ClassLabel(names=["n", "y"])
+    made = datasets.Dataset.from_list(REVIEWS).cast_column("label", label)
+    made.save_to_disk(tmp_path / "a b")
+    datasets.DatasetDict({"train": made, "validation": made}).save_to_disk(tmp_path / "both")
+    for name, held_out in (("a b", 2), ("both", 20)):
+        with pytest.raises(UsageError, match=f"{name} was written by save_to_disk") as refusal:
+            reviews(tmp_path, tmp_path / name)
+        subprocess.run(refusal.value.remedy.splitlines()[1], shell=True, check=True)
+        data = reviews(tmp_path, tmp_path / f"{name}-parquet")
+        assert (data.labels, len(data.validation)) == (("n", "y"), held_out)
+
+
+def test_validation_data_of_another_name_is_not_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "films"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", REVIEWS)
+    write_jsonl(folder / "dev.jsonl", REVIEWS[:4])
+    with pytest.raises(UsageError, match=r"films has no file validation, but dev.jsonl") as refusal:
+        reviews(tmp_path, folder)
+    assert f"--set validation={folder / 'dev.jsonl'}" in refusal.value.remedy
+    assert len(reviews(tmp_path, folder, validation=str(folder / "dev.jsonl")).validation) == 4
+    assert len(reviews(tmp_path, folder / "train.jsonl").validation) == 2
+    (folder / "dev.jsonl").rename(folder / "dev.txt")
+    assert len(reviews(tmp_path, folder).validation) == 2
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -210,6 +293,15 @@ def test_label_seen_only_in_validation_is_named(tmp_path: Path) -> None:
     write_jsonl(held_out, [])
     with pytest.raises(UsageError, match="held.jsonl holds no data"):
         reviews(tmp_path, train, validation=str(held_out))
+
+
+def test_labels_that_look_the_same_are_no_two_classes(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [*REVIEWS, {"text": "fine", "label": "y "}])
+    with pytest.raises(UsageError, match="a.jsonl, line 21: the label 'y ' differs from 'y' in white space alone"):
+        reviews(tmp_path, source)
+    # In `a, b` each label begins with a space: they are the same ones still.
+    source = write_jsonl(tmp_path / "b.jsonl", [{**row, "label": f" {row['label']}"} for row in REVIEWS])
+    assert reviews(tmp_path, source).labels == (" n", " y")
 
 
 @pytest.mark.parametrize(

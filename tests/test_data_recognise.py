@@ -156,6 +156,13 @@ def test_names_that_are_left_are_told() -> None:
             [{"input": "Add.\n1 2\n", "target": "3"}],
         ),
         ([{"conversations": SHAREGPT}], None, {}, "'conversations' has the shape of ShareGPT", [{"messages": CHAT}]),
+        (
+            [{"conversations": SHAREGPT[-2:], "system": "Be brief."}, {"conversations": SHAREGPT, "system": ""}],
+            None,
+            {},
+            "the shape of ShareGPT",
+            [{"messages": [{"role": "system", "content": "Be brief."}, *CHAT[-2:]]}, {"messages": CHAT}],
+        ),
         ([{"dialogue": SHAREGPT}], None, {"messages": "dialogue"}, "line 1: 'dialogue' has the", [{"messages": CHAT}]),
     ],
 )
@@ -168,7 +175,7 @@ def test_shapes_of_others_are_named_with_a_command_that_rewrites_them(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "OLD.jsonl"
-    path.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
+    path.write_text("".join(json.dumps(example) + "\n\n" for example in examples), encoding="utf-8-sig")
     with pytest.raises(UsageError, match=named) as refusal:
         recognise(str(path), examples[0], task=task, columns=columns).example(f"{path}, line 1", examples[0])
     subprocess.run(refusal.value.remedy.splitlines()[1], shell=True, cwd=tmp_path, check=True)

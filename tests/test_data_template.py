@@ -108,6 +108,8 @@ def test_chatml_template_is_what_one_would_write_by_hand() -> None:
         "{{ messages[-1].content }}",
         "{{ raise_exception('never') }}",
         "{% for m in messages %}{{ m.role ~ m.content }}{% endfor %}{% if add_generation_prompt %}say{% endif %}",
+        "{% for m in messages %}{{ '# ' ~ m.role ~ '\\n' ~ m.content ~ '\\n\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '# assistant\\n' }}{% endif %}",
     ],
 )
 def test_template_that_does_more_is_refused(template: str) -> None:

@@ -27,6 +27,7 @@ FLOORS = (
         "heap",
         "kernels",
         "machine",
+        "output",
         "precision",
         "profile",
         "rates",

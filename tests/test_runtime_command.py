@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import exported
 import pytest
 
+from edgepeft.runtime import manifest
 from edgepeft.runtime.__main__ import main
 from edgepeft.runtime.device import Device
 
@@ -58,6 +60,9 @@ def test_errors_give_fact_cause_and_remedy_and_a_code(capsys: pytest.CaptureFixt
         assert f"Drop {flags[0]}." in capsys.readouterr().err
     assert main([str(copy), "text", "--max-new-tokens", "-4"]) == 2
     assert "most new tokens is -4" in capsys.readouterr().err
+    for flags in (["--top-p", "0.9", "--seed", "1"], ["--top-p", "0.9", "--seed", "1", "--temperature", "0"]):
+        assert main([str(copy), "text", *flags]) == 2
+        assert "--top-p and --seed would change nothing." in capsys.readouterr().err
     assert main([folder, " "]) == 2
     assert "No text was given." in capsys.readouterr().err
     assert main([folder, "text", "--threads", "0"]) == 2
@@ -137,6 +142,19 @@ def test_it_fails_without_a_traceback(bare: Callable[..., subprocess.CompletedPr
     assert b"tokenizer.json is incomplete" in done.stderr and b"Traceback" not in done.stderr
     done = bare(str(copy), text=b"\xff\xfe")
     assert done.returncode == 2 and b"not UTF-8" in done.stderr
+
+
+def test_an_answer_that_the_terminal_has_no_characters_for_is_escaped(tmp_path: Path) -> None:
+    """A classifier's labels are text that is known to come out."""
+    folder = shutil.copytree(exported.folder("classification"), tmp_path / "device")
+    labels = ["b\u00f6se \U0001f642", "good", "so so"]
+    manifest.write(folder, dataclasses.replace(manifest.read(folder), labels=labels))
+    latin = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "edgepeft.runtime", str(folder), "text"]
+    told = subprocess.run(command, env=latin, check=True, capture_output=True, text=True, encoding="ascii").stdout
+    assert r"b\xf6se \U0001f642" in told
+    found = subprocess.run([*command, "--json"], env=latin, check=True, capture_output=True, encoding="ascii").stdout
+    assert set(json.loads(found)["probabilities"]) == set(labels)
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

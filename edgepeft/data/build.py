@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from edgepeft.chat import PLAIN
 from edgepeft.data.columns import Layout
 from edgepeft.data.encode import Encoder
-from edgepeft.data.partition import asked, check_classes, check_labels, classes_of, partition
+from edgepeft.data.partition import asked, check_alike, check_classes, check_labels, classes_of, partition
 from edgepeft.data.recognise import recognise
 from edgepeft.data.source import Source, sources
 from edgepeft.data.split import Split
@@ -157,6 +157,7 @@ def _parts(
             "Add examples with other labels.",
         )
     if classes:
+        check_alike(rows, classes.names)
         others = [column for column in training.first()[1] if column not in layout.columns]
         label = layout.columns[layout.fields.index("label")]
         check_classes(training.name, label, classes, others, apart=validating is not None)

@@ -44,6 +44,7 @@ class Layout:
                 if shapes.is_sharegpt(value):
                     raise shapes.sharegpt(where, column)
                 values[field] = _messages(where, value)
+                _check_system(where, row, value)
             elif field == "label" and isinstance(value, int):
                 values[field] = str(value).lower() if isinstance(value, bool) else str(value)
             elif isinstance(value, str):
@@ -88,6 +89,7 @@ def _messages(where: str, value: Any) -> list[dict[str, str]]:
                 f"Its content is {content!r:.80}; it has {', '.join(map(str, message)) or 'nothing'}.",
                 "A message is written as role and content: correct the row.",
             )
+        _check_said(f"{where}: message {number}", message)
     roles = [message.get("role") for message in value]
     spoken = roles[1:] if roles[0] == "system" else roles
     if len(spoken) < 2 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
@@ -97,3 +99,32 @@ def _messages(where: str, value: Any) -> list[dict[str, str]]:
             "Correct the row.",
         )
     return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _check_system(where: str, row: Mapping[str, Any], messages: list[dict[str, str]]) -> None:
+    """Refuse a system message in a column of its own: a template would put the model's default one in its place."""
+    if isinstance(row.get("system"), str) and row["system"].strip() and messages[0]["role"] != "system":
+        raise UsageError(
+            f"{where}: the system message in the column 'system' would be left out.",
+            "A conversation is read from its messages alone.",
+            "Write it as the first of them, with the role system, or delete the column.",
+        )
+
+
+_BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+
+
+def _check_said(which: str, message: Mapping[str, Any]) -> None:
+    """Refuse a message that says more than its content: an answer would be learned as if it ended there."""
+    if more := next((key for key in _BESIDE_CONTENT if message.get(key)), None):
+        raise UsageError(
+            f"{which} has {more}, which would be left out.",
+            "A message is learned by its role and content alone.",
+            f"Write into content what the model should say, or delete {more}.",
+        )
+    if message.get("role") == "assistant" and message.get("weight") == 0:
+        raise UsageError(
+            f"{which} has the weight 0, and would be learned.",
+            "Every answer of a conversation is.",
+            "End the conversation before it, or delete the weight.",
+        )

@@ -55,6 +55,25 @@ def check_labels(validation: datasets.Dataset, names: tuple[str, ...]) -> None:
             )
 
 
+def check_alike(rows: datasets.Dataset, names: Sequence[str]) -> None:
+    """Refuse labels that differ in the white space around them alone: nobody means two classes that look the same.
+
+    Raises:
+        UsageError: names the label and its first row.
+    """
+    plain: dict[str, str] = {}
+    for name in names:
+        other = plain.setdefault(name.strip(), name)
+        if other != name:
+            like, odd = sorted((other, name), key=len)
+            first = pc.index(rows.data.table["label"], odd).as_py()
+            raise UsageError(
+                f"{rows[first]['where']}: the label {odd!r} differs from {like!r} in white space alone.",
+                "Each would be a class.",
+                "Write both alike.",
+            )
+
+
 def check_classes(name: str, label: str, classes: Classes, others: Sequence[str], *, apart: bool) -> None:
     """Refuse labels that are no classes, since most rows have one of their own: numbers to predict, or other text.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -98,16 +98,33 @@ def _parquet(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            classes = _classes(file.schema_arrow)
             for batch in file.iter_batches(batch_size=1000):
                 for value in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", value
+                    yield f"{path}, row {number}", named(value, classes)
     except (pa.ArrowException, OSError) as error:
         raise UsageError(
             f"{path} cannot be read after row {number}.",
             f"It is not a whole parquet file: {error}.",
             "Write or fetch the file again.",
         ) from error
+
+
+def _classes(schema: pa.Schema) -> dict[str, list[str]]:
+    """The names of each column of class numbers, in their order, which ``datasets`` keeps beside a table."""
+    kept = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = kept.get("info", {}).get("features", {}).items()
+    plain = ((column, kind) for column, kind in features if isinstance(kind, dict))  # a list of structures is a list
+    return {column: kind["names"] for column, kind in plain if kind.get("_type") == "ClassLabel"}
+
+
+def named(row: dict[str, Any], classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """A row with the names of its classes in place of their numbers; -1 stands for none."""
+    for column, names in classes.items():
+        number = row[column]
+        row[column] = names[number] if number is not None and 0 <= number < len(names) else None
+    return row
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -134,7 +151,10 @@ def _separated(path: Path, where: str, sign: str) -> UsageError:
     )
 
 
-_LINES = "import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]"
+_LINES = (
+    'import json, sys; sys.stdin.reconfigure(encoding="utf-8-sig"); '
+    "[print(json.dumps(row)) for row in json.load(sys.stdin)]"
+)
 _COMMAS = (
     'import csv, sys; sys.stdin.reconfigure(encoding="utf-8-sig", newline=""); '
     'csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter="{sign}"))'

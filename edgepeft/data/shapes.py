@@ -13,7 +13,8 @@ _ALPACA = (
     '"{answer}": row["output"]}}'
 )
 _SHAREGPT = (
-    '{"messages": [{"role": {"human": "user", "gpt": "assistant"}.get(turn["from"], turn["from"]), '
+    '{"messages": [{"role": "system", "content": row.get("system")}] * bool(row.get("system")) + '
+    '[{"role": {"human": "user", "gpt": "assistant"}.get(turn["from"], turn["from"]), '
     '"content": turn["value"]} for turn in row["conversations"]]}'
 )
 
@@ -52,5 +53,6 @@ def sharegpt(name: str, column: str) -> UsageError:
 def _rewriting(made: str, column: str = "conversations") -> str:
     """A command that rewrites JSON lines, row by row."""
     made = made.replace("conversations", column) if column.isidentifier() else made
-    script = f"import json, sys; [print(json.dumps({made})) for row in map(json.loads, sys.stdin)]"
+    script = 'import json, sys; sys.stdin.reconfigure(encoding="utf-8-sig"); '
+    script += f"[print(json.dumps({made})) for row in map(json.loads, filter(str.strip, sys.stdin))]"
     return f"python -c '{script}' < OLD.jsonl > NEW.jsonl"

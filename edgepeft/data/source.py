@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import datasets
 
-from edgepeft.data.read import SUFFIXES, Row, rows
+from edgepeft.data.read import SUFFIXES, Row, named, rows
 from edgepeft.errors import UsageError, beside
 
 
@@ -49,6 +50,8 @@ def sources(source: str, validation: str | None) -> tuple[Source, Source | None]
     """
     found = _splits(source)
     if validation is None:
+        if "validation" not in found:
+            _check_others(Path(source))
         return found["train"], found.get("validation")
     other = _splits(validation)
     if Path(validation).is_file():
@@ -99,12 +102,49 @@ def _folder(folder: Path) -> dict[str, Source]:
             _check_parts(folder, split, paths)
             splits[split] = _files(str(folder), paths)
     if "train" not in splits:
+        _check_saved(folder)
         raise UsageError(
             f"{folder} has no training data.",
             f"It should hold a file train with one of the endings {', '.join(SUFFIXES)}.",
             "Rename the file, or name it instead of the folder.",
         )
     return splits
+
+
+_ALSO_VALIDATION = ("valid", "val", "dev")
+
+
+def _check_others(folder: Path) -> None:
+    """Refuse a folder whose validation data goes by another name: training data would be kept back in its place."""
+    other = next(
+        (path for name in _ALSO_VALIDATION for path in sorted(folder.glob(f"{name}.*")) if path.suffix in SUFFIXES),
+        None,
+    )
+    if other is not None:
+        raise UsageError(
+            f"{folder} has no file validation, but {other.name}.",
+            "It would not be read, and a share of the training data be validated on.",
+            f"Name it: --set validation={quote(str(other))}. Or name the file to train on instead of the folder.",
+        )
+
+
+def _check_saved(folder: Path) -> None:
+    """Refuse what ``save_to_disk`` of the library datasets wrote: files for itself alone to read."""
+    if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return
+    made = quote(str(folder.with_name(f"{folder.name}-parquet")))
+    raise UsageError(
+        f"{folder} was written by save_to_disk of datasets.",
+        "Its files are for that library alone to read.",
+        f"Write it as parquet, and name the new folder instead:\npython -c {quote(_SAVED)} {quote(str(folder))} {made}",
+    )
+
+
+_SAVED = (
+    "import datasets, os, sys; old, new = sys.argv[1:]; os.makedirs(new); read = datasets.load_from_disk(old); "
+    '[part.to_parquet(f"{new}/{name}.parquet") for name, part in '
+    '(read if isinstance(read, dict) else {"train": read}).items()]'
+)
 
 
 def _check_parts(folder: Path, split: str, paths: list[Path]) -> None:
@@ -146,9 +186,7 @@ def _hub(source: str) -> dict[str, Source]:
 
 
 def _named(source: str, table: datasets.Dataset) -> Iterator[Row]:
-    """Rows of a hub data set, its class numbers replaced by their names (-1 stands for none)."""
-    classes = {name: kind for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
+    """Rows of a hub data set, its class numbers replaced by their names."""
+    classes = {name: kind.names for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
     for number, row in enumerate(table, 1):
-        for column, kind in classes.items():
-            row[column] = kind.int2str(row[column]) if row[column] not in (None, -1) else None
-        yield f"{source} ({table.split}), row {number}", row
+        yield f"{source} ({table.split}), row {number}", named(row, classes)

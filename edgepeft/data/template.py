@@ -71,8 +71,8 @@ def _from_markers(tokenizer: PreTrainedTokenizerBase, markers: list[str]) -> dic
     answer_after = _one(
         _tails(tokenizer, [first, ANSWER]), answer_to_user.startswith, "the last answer ends unlike others"
     )
-    if not answer_after:
-        raise _Unusual("nothing marks the end of an answer")
+    if not answer_after.strip():  # white space is in answers too: a device would never stop, or stop in their middle
+        raise _Unusual("nothing but white space marks the end of an answer; {{ eos_token }} would")
     user_before = answer_to_user.removeprefix(answer_after)
     if not head.endswith(user_before):
         raise _Unusual("the first user message is marked unlike the others")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepeft.errors import EdgePeftError, UsageError
+from edgepeft.output import bear_any_text, print_json
 from edgepeft.runtime.device import Device, Prompt
 
 GENERATION = ("max_new_tokens", "temperature", "top_p", "stop", "seed")  # what Device.generate takes
@@ -27,6 +27,7 @@ def main(argv: Sequence[str], prog: str = "python -m edgepeft.runtime") -> int:
     Raises:
         SystemExit: argparse refused the arguments (2) or printed the help (0).
     """
+    bear_any_text()
     arguments = _parser(prog).parse_intermixed_args(argv)
     try:
         text = arguments.text if arguments.text is not None else _read_stdin()
@@ -81,6 +82,14 @@ def _classify(device: Device, text: str, arguments: argparse.Namespace) -> None:
 
 
 def _generate(device: Device, text: str, arguments: argparse.Namespace) -> None:
+    if not arguments.temperature and (
+        idle := [f"--{name.replace('_', '-')}" for name in ("top_p", "seed") if vars(arguments)[name] is not None]
+    ):
+        raise UsageError(
+            f"{' and '.join(idle)} would change nothing.",
+            "At temperature 0, the default, the likeliest token is taken.",
+            f"Add --temperature 1, or drop {' and '.join(idle)}.",
+        )
     prompt: Prompt = text
     if arguments.system is not None:
         prompt = [{"role": "system", "content": arguments.system}, {"role": "user", "content": text}]
@@ -99,7 +108,7 @@ def _generate(device: Device, text: str, arguments: argparse.Namespace) -> None:
 def _print_json(answer: dict[str, Any], tokens: int, seconds: float) -> None:
     """Print ``answer`` with its speed: ``tokens`` are those generated, or those read by a classifier."""
     speed = {"tokens": tokens, "seconds": round(seconds, 6), "tokens_per_second": round(tokens / seconds, 2)}
-    print(json.dumps({**answer, **speed}, ensure_ascii=False))
+    print_json({**answer, **speed})
 
 
 def _read_stdin() -> str:
