@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -315,7 +316,7 @@ def _run(values: dict[str, Any], out: Path, until: str, as_json: bool) -> None:
         _warn(rows)
         tables.say(f"report: {out / 'report.html'}")
         if until == "export":
-            tables.say(f'Try it: edgepeft infer {space.device} "..."')
+            tables.say(f'Try it: edgepeft infer {quote(str(space.device))} "..."')
 
 
 def _warn(rows: Sequence[Row]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from shlex import quote
 from typing import Any
 
 from edgepeft import aside, evidence, roofline, sharding, traces
@@ -19,7 +20,6 @@ GiB = 2**30
 COMFORTABLE = 4  # examples: below this a method is planned in a smaller precision too, and with 8-bit states
 SAVED = 0.75  # of an optimizer's states, by 8 bits for each number: of fp32 ones; of bf16 ones it is half
 WORTH = 0.05  # of what a configuration takes; if 8 bits save less they are not tried
-
 PACKED = ("int8", "nf4")
 
 # What is planned when no method is named, safest first. On T5-large, 3B and 11B of the survey (arXiv 2303.15647v2,
@@ -52,14 +52,14 @@ class Plan:
             return None
         return roofline.job(self.updates, candidate.update_seconds, self.hardware, self.devices)
 
-    def chosen(self) -> Candidate:
+    def chosen(self, gpu: str = "") -> Candidate:
         """The candidate to take.
 
         Raises:
-            EdgePeftError: nothing fits; says what would.
+            EdgePeftError: nothing fits; says how to find what would, on the hardware that was asked for as ``gpu``.
         """
         if self.choice is None:
-            raise EdgePeftError(*self.nothing_fits())
+            raise EdgePeftError(*self.nothing_fits(gpu or self.hardware.name))
         return self.candidates[self.choice]
 
     @property
@@ -72,7 +72,7 @@ class Plan:
         """The candidate that needs least on one device."""
         return min(self.candidates, key=lambda candidate: candidate.process_bytes)
 
-    def nothing_fits(self) -> tuple[str, str, str]:
+    def nothing_fits(self, gpu: str) -> tuple[str, str, str]:
         """Fact, cause and remedy when there is no choice."""
         least = self.least
         need = needed_bytes(least.reserved_bytes, self.hardware)
@@ -85,7 +85,7 @@ class Plan:
             f"{self.model} does not fit {self.machine} with {tried}: the least is {least.method} at "
             f"{least.precision} with {need / GiB:.1f} GiB, and {self.hardware.available_bytes / GiB:.1f} GiB are free.",
             f"Largest part: {largest}, {least.bytes[largest] / GiB:.1f} GiB, in {least.phase}.",
-            f"{remedy}`edgepeft plan --gpu {self.hardware.name} --model {self.model}` looks for what would.",
+            f"{remedy}`edgepeft plan --gpu {quote(gpu)} --model {quote(self.model)}` looks for what would.",
         )
 
     def as_json(self) -> dict[str, Any]:

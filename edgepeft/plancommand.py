@@ -124,7 +124,7 @@ def plan(
         tables.say(f"recipe: {recipe}.{unsaid}")
     ways: tuple[alternatives.Alternative, ...] = ()
     if found.choice is None:
-        fact, cause, _ = found.nothing_fits()
+        fact, cause, _ = found.nothing_fits(device.name)
         tables.say("Nothing fits. Looking for what would ...")
         tokens = seq_len or planning.DEFAULT_TOKENS
         batch = global_batch or planning.DEFAULT_GLOBAL_BATCH

@@ -43,7 +43,7 @@ class RunPlan:
         """
         share = recipe.global_batch // recipe.devices
         found = self._plan(recipe, recipe.microbatch, accumulates=recipe.microbatch != share)
-        chosen = found.chosen()
+        chosen = found.chosen(recipe.hardware)
         method = base.find(chosen.method)
         size = recipe.microbatch or usable_microbatch(chosen.microbatch, share)
         if method.updates_in_backward and recipe.microbatch is None and size != recipe.global_batch:

@@ -111,8 +111,8 @@ def test_training_alone_is_proposed_where_merging_and_exporting_do_not_fit(again
     whole, alone = (again(none, **asked, whole=part).least.process_bytes for part in (True, False))
     small = with_free(laptop, (whole + alone) // 2)
     failed = again(small, **asked)
-    assert failed.choice is None and "in exporting" in failed.nothing_fits()[1]
-    assert "`edgepeft train` alone fits" in failed.nothing_fits()[2]
+    assert failed.choice is None and "in exporting" in failed.nothing_fits("pi")[1]
+    assert "`edgepeft train` alone fits" in failed.nothing_fits("pi")[2]
     way, *_ = alternatives.find(
         failed,
         lambda **changes: again(small, **{**asked, **changes}),

@@ -41,8 +41,9 @@ def test_when_nothing_fits_the_error_says_what_would() -> None:
     small = hardware.load("t4-16gb")
     none = hardware.Hardware(**{**vars(small), "memory_bytes": small.reserved_bytes + 1000})
     with pytest.raises(EdgePeftError) as caught:
-        small_plan(hardware=none).chosen()
-    assert "does not fit" in caught.value.fact and "looks for what would" in caught.value.remedy
+        small_plan(hardware=none).chosen("my boards/t4.toml")
+    assert "does not fit" in caught.value.fact
+    assert caught.value.remedy == "`edgepeft plan --gpu 'my boards/t4.toml' --model tiny` looks for what would."
 
 
 def test_a_packed_backbone_cannot_be_tuned_in_full() -> None:
