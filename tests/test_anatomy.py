@@ -189,3 +189,17 @@ def test_unknown_architecture() -> None:
         anatomy.find(transformers.BloomForCausalLM(transformers.BloomConfig(**sizes)))
     assert "BloomForCausalLM is not one edgepeft knows" in caught.value.fact
     assert "Llama" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("Glm4Moe", {"n_routed_experts": 4, "first_k_dense_replace": 1}), ("Ernie4_5_Moe", {"moe_num_experts": 4})],
+)
+def test_experts_behind_a_first_layer_of_a_known_build_are_refused(kind: str, sizes: dict[str, int]) -> None:
+    sizes = _small() | sizes | {"num_key_value_heads": 2, "moe_intermediate_size": 8}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with pytest.raises(UsageError, match="not all of one build") as caught:
+        anatomy.find(model)
+    assert caught.value.cause.startswith("The first has mlp.gate_proj, and number 2 has not")
