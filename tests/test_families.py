@@ -1,0 +1,84 @@
+"""Methods in models that are of a known build by the names of their parts, and differ in what their code does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from conformance import gradients, randomised
+from torch import Tensor, nn
+
+from edgepeft import backbone, step
+from edgepeft.backbone import Backbone
+from edgepeft.methods import base
+from edgepeft.placements.late import Late
+
+LABELS = [f"label-{number}" for number in range(tiny.LABELS)]
+ENCODER = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+ENCODER |= {"num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0}
+DECODER = ENCODER | {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 1}
+_SIZES: dict[str, dict[str, Any]] = {
+    "Gte": ENCODER,
+    "NomicBert": ENCODER,
+    "ConvBert": ENCODER | {"embedding_size": 32},
+    "RoFormer": ENCODER | {"embedding_size": 32},
+    "Doge": DECODER,
+    "Olmo": DECODER,
+    "GPTBigCode": {"vocab_size": tiny.VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64}
+    | {"n_positions": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0},
+}
+
+
+def load(family: str, task: str, folder: Path) -> Backbone:
+    """A tiny model of a family that ``tiny`` has not, without dropout, from its file."""
+    config = getattr(transformers, f"{family}Config")(**_SIZES[family], num_labels=tiny.LABELS)
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    kind = "SequenceClassification" if task == "classification" else "CausalLM"
+    model = getattr(transformers, f"{family}For{kind}")(config)
+    tiny.randomise(model)
+    model.save_pretrained(folder)
+    labels = LABELS if task == "classification" else None
+    return backbone.load(backbone.resolve(str(folder)), task=task, at="fp32", labels=labels)
+
+
+@pytest.mark.parametrize("family", ["Gte", "NomicBert"])
+@pytest.mark.parametrize("name", ["lets", "attention_fusion"])
+def test_what_a_pooler_reads_is_what_was_changed_at_the_end(family: str, name: str, tmp_path: Path) -> None:
+    made = load(family, "classification", tmp_path)
+    base.apply(tiny.method(name), made)
+    found = gradients(made.model, tiny.batch("classification"))
+    assert all(found[each].any() for each, p in made.model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family", ["Gte", "NomicBert"])
+def test_a_pooler_reads_the_first_token_behind_the_prompt(family: str, tmp_path: Path) -> None:
+    made = load(family, "classification", tmp_path)
+    base.apply(tiny.method("prompt_tuning"), made)
+    read: list[Tensor] = []
+    last: Any = made.model.get_submodule(made.anatomy.blocks[-1].linears["ffn_out"][0])
+    last.register_forward_hook(lambda module, inputs, out: read.append(out))
+    pooled: list[Tensor] = []
+    made.model.base_model.pooler.register_forward_hook(lambda module, inputs, out: pooled.append(inputs[0]))
+    batch = tiny.batch("classification")
+    step.outputs(made.model, batch)
+    assert pooled[0].shape[1] == batch["input_ids"].shape[1] == read[0].shape[1] - 5
+
+
+def test_what_is_added_at_the_end_goes_before_a_norm_without_weights(tmp_path: Path) -> None:
+    made = load("Olmo", "causal-lm", tmp_path)
+    base.apply(tiny.method("lets"), made)
+    randomised(made.model)
+    ends: list[Tensor] = []
+    normed: list[Tensor] = []
+    (late,) = [module for module in made.model.modules() if isinstance(module, Late)]
+    late.register_forward_hook(lambda module, inputs, out: ends.append(out))
+    norm: nn.Module = made.model.get_submodule("model.norm")
+    norm.register_forward_hook(lambda module, inputs, out: normed.append(inputs[0]))
+    step.outputs(made.model, tiny.batch("causal-lm"))
+    torch.testing.assert_close(normed[0], ends[0], rtol=0, atol=0)
