@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from conformance import gradients, randomised
+from conformance import gradients, randomised, train
 from torch import Tensor, nn
 
 from edgepeft import backbone, step
@@ -82,3 +82,15 @@ def test_what_is_added_at_the_end_goes_before_a_norm_without_weights(tmp_path: P
     norm.register_forward_hook(lambda module, inputs, out: normed.append(inputs[0]))
     step.outputs(made.model, tiny.batch("causal-lm"))
     torch.testing.assert_close(normed[0], ends[0], rtol=0, atol=0)
+
+
+def test_weights_that_are_views_of_a_fused_one_are_trained_inside_backward(tmp_path: Path) -> None:
+    made = load("Gte", "classification", tmp_path)
+    gate = made.model.get_parameter("gte.layers.0.mlp.gate_proj.weight")
+    up = made.model.get_parameter("gte.layers.0.mlp.up_proj.weight")
+    assert gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr(), "as transformers loads them"
+    method = tiny.method("galore")
+    base.apply(method, made)
+    before = gate.detach().clone(), up.detach().clone()
+    train(made.model, method, method.stages()[0], tiny.batch("classification"), 2)
+    assert not torch.equal(gate, before[0]) and not torch.equal(up, before[1])
