@@ -12,8 +12,9 @@ import transformers
 from conformance import gradients, randomised, train
 from torch import Tensor, nn
 
-from edgepeft import backbone, step
+from edgepeft import adapter, backbone, step
 from edgepeft.backbone import Backbone
+from edgepeft.errors import UsageError
 from edgepeft.methods import base
 from edgepeft.placements.late import Late
 
@@ -94,3 +95,31 @@ def test_weights_that_are_views_of_a_fused_one_are_trained_inside_backward(tmp_p
     before = gate.detach().clone(), up.detach().clone()
     train(made.model, method, method.stages()[0], tiny.batch("classification"), 2)
     assert not torch.equal(gate, before[0]) and not torch.equal(up, before[1])
+
+
+@pytest.mark.parametrize("name", ["prefix_tuning", "prompt_tuning", "unipelt"])
+def test_attention_that_is_given_its_mask_by_name(name: str, tmp_path: Path) -> None:
+    """A row answers the same alone and padded, and all that is trained has a gradient."""
+    made = load("Doge", "causal-lm", tmp_path)
+    method = tiny.method(name)
+    base.apply(method, made)
+    batch = tiny.batch("causal-lm")
+    train(made.model, method, method.stages()[0], batch, 1)
+    length = int(batch["attention_mask"][-1].sum())
+    with torch.no_grad():
+        together = made.model(**step.inputs(batch)).logits[-1, :length]
+        alone = made.model(input_ids=batch["input_ids"][-1:, :length]).logits[0]
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
+    found = gradients(made.model, batch)
+    assert all(each in found for each, p in made.model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family", ["ConvBert", "RoFormer"])
+def test_attention_that_does_its_own_arithmetic_takes_a_prompt_and_no_prefix(family: str, tmp_path: Path) -> None:
+    made = load(family, "classification", tmp_path)
+    with pytest.raises(UsageError, match=f"keys and values of {family}SelfAttention"):
+        base.apply(tiny.method("prefix_tuning"), made)
+    made = load(family, "classification", tmp_path)
+    base.apply(tiny.method("prompt_tuning"), made)
+    found = gradients(made.model, tiny.batch("classification"))
+    assert all(found[each].any() for each in adapter.trained(made.model) if each not in made.fresh)
