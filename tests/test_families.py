@@ -123,3 +123,14 @@ def test_attention_that_does_its_own_arithmetic_takes_a_prompt_and_no_prefix(fam
     base.apply(tiny.method("prompt_tuning"), made)
     found = gradients(made.model, tiny.batch("classification"))
     assert all(found[each].any() for each in adapter.trained(made.model) if each not in made.fresh)
+
+
+def test_a_side_network_has_its_place_in_a_cache_of_another_name(tmp_path: Path) -> None:
+    made = load("GPTBigCode", "causal-lm", tmp_path)
+    base.apply(tiny.method("lst"), made)
+    randomised(made.model)
+    ids = tiny.batch("causal-lm", rows=1, lengths=(6, 6))["input_ids"]
+    asked = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    model: Any = made.model
+    cached = model.generate(ids, use_cache=True, **asked)
+    torch.testing.assert_close(cached, model.generate(ids, use_cache=False, **asked), rtol=0, atol=0)
