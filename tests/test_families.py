@@ -29,6 +29,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "RoFormer": ENCODER | {"embedding_size": 32},
     "Doge": DECODER,
     "Olmo": DECODER,
+    "StableLm": DECODER,
     "GPTBigCode": {"vocab_size": tiny.VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64}
     | {"n_positions": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0},
 }
@@ -123,6 +124,13 @@ def test_attention_that_does_its_own_arithmetic_takes_a_prompt_and_no_prefix(fam
     base.apply(tiny.method("prompt_tuning"), made)
     found = gradients(made.model, tiny.batch("classification"))
     assert all(found[each].any() for each in adapter.trained(made.model) if each not in made.fresh)
+
+
+def test_a_layer_that_hands_nothing_on_takes_no_prompt(tmp_path: Path) -> None:
+    made = load("StableLm", "causal-lm", tmp_path)
+    base.apply(tiny.method("prompt_tuning"), made)
+    with pytest.raises(UsageError, match="do not reach StableLmAttention"):
+        step.outputs(made.model, tiny.batch("causal-lm"))
 
 
 def test_a_side_network_has_its_place_in_a_cache_of_another_name(tmp_path: Path) -> None:

@@ -142,8 +142,14 @@ def _before(module: nn.Module, prompt: Any, key: Tensor) -> tuple[Tensor, Tensor
     batch, heads, _, width = key.shape
     if prompt is not None:
         states = prompt[module.layer_idx]  # (1, heads, length, width) already
+    elif (made := dict(module.named_children()).get(CHILD)) is None:
+        raise UsageError(
+            f"The states of a prompt do not reach {type(module).__name__}.",
+            "The layer around it does not hand on what it is called with.",
+            "Use a method without prompts: lora, houlsby, prefix_tuning.",
+        )
     else:
-        states = [s.view(-1, heads, width).transpose(0, 1)[None] for s in module.get_submodule(CHILD)()]
+        states = [s.view(-1, heads, width).transpose(0, 1)[None] for s in made()]
     keys, values = (state.to(key.dtype).expand(batch, -1, -1, -1) for state in states)
     return keys, values
 
