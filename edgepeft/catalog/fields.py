@@ -10,7 +10,18 @@ from edgepeft.errors import UsageError
 
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers")
 POSITIONS = ("max_position_embeddings", "n_positions")
-_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")  # count their positions from pad_token_id + 1
+# These count their positions from pad_token_id + 1.
+_FROM_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "data2vec-text",
+    "lilt",
+    "longformer",
+    "luke",
+    "markuplm",
+    "xmod",
+)
 
 _COUNTED = ("vocab_size", "hidden_size", "d_model", "n_embd", "num_attention_heads", "num_heads", "n_head", *LAYERS)
 
