@@ -249,3 +249,10 @@ def test_a_roberta_without_a_padding_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="describes no model") as caught:
         backbone.config(backbone.resolve(str(tmp_path)))
     assert "pad_token_id is None" in caught.value.cause
+
+
+@pytest.mark.parametrize("family", ["Bart", "Pegasus"])
+def test_an_encoder_decoder_of_another_build_is_no_wrong_configuration(family: str, tmp_path: Path) -> None:
+    getattr(transformers, f"{family}Config")().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=rf"architecture that edgepeft does not know \({family.lower()}\)"):
+        backbone.config(backbone.resolve(str(tmp_path)))
