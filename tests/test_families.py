@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_tokenizers
 import torch
 import transformers
 from conformance import gradients, randomised, train
@@ -96,6 +97,18 @@ def test_weights_that_are_views_of_a_fused_one_are_trained_inside_backward(tmp_p
     before = gate.detach().clone(), up.detach().clone()
     train(made.model, method, method.stages()[0], tiny.batch("classification"), 2)
     assert not torch.equal(gate, before[0]) and not torch.equal(up, before[1])
+
+
+@pytest.mark.parametrize("family", ["Gte", "NomicBert"])
+def test_a_saved_model_has_every_parameter_under_its_own_name(family: str, tmp_path: Path) -> None:
+    """transformers writes the names, and the fused layers, of these families' first files if it is let."""
+    made = load(family, "classification", tmp_path / "model")
+    backbone.save(made.model, tmp_path / "saved", tiny_tokenizers.word_piece())
+    read = list(backbone.saved(tmp_path / "saved", made.model))
+    assert len(read) == len(list(made.model.parameters())) and all(torch.equal(own, other) for own, other in read)
+    again = backbone.load(backbone.resolve(str(tmp_path / "saved")), task="classification", at="fp32", labels=LABELS)
+    batch = tiny.batch("classification")
+    torch.testing.assert_close(step.outputs(again.model, batch), step.outputs(made.model, batch), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["prefix_tuning", "prompt_tuning", "unipelt"])
