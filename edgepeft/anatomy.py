@@ -126,6 +126,12 @@ _GEMMA2 = _Layout(
     _LLAMA.roles,
     ({"attention": "post_attention_layernorm", "feed_forward": "post_feedforward_layernorm"},),
 )
+_GTE = _Layout(  # an encoder with norms where BERT has them
+    _LLAMA.stacks,
+    _LLAMA.roles,
+    ({"attention": "post_attention_dropout", "feed_forward": "post_mlp_dropout"},),
+    {"attention": "post_attention_layernorm", "feed_forward": "post_mlp_layernorm"},
+)
 _PHI3 = _Layout(
     ("layers",),
     (
@@ -202,7 +208,7 @@ def _t5(gated: bool) -> _Layout:
 
 
 # A model fits the first layout whose every name it has, so that new architectures of a known build need no entry.
-_LAYOUTS = (_GEMMA2, _LLAMA, _PHI3, _PHI, _GPT2, _BERT, _DISTILBERT, _t5(gated=False), _t5(gated=True))
+_LAYOUTS = (_GEMMA2, _GTE, _LLAMA, _PHI3, _PHI, _GPT2, _BERT, _DISTILBERT, _t5(gated=False), _t5(gated=True))
 
 
 def find(model: nn.Module) -> Anatomy:
