@@ -126,6 +126,12 @@ _GEMMA2 = _Layout(
     _LLAMA.roles,
     ({"attention": "post_attention_layernorm", "feed_forward": "post_feedforward_layernorm"},),
 )
+_GTE = _Layout(  # an encoder with norms where BERT has them
+    _LLAMA.stacks,
+    _LLAMA.roles,
+    ({"attention": "post_attention_dropout", "feed_forward": "post_mlp_dropout"},),
+    {"attention": "post_attention_layernorm", "feed_forward": "post_mlp_layernorm"},
+)
 _PHI3 = _Layout(
     ("layers",),
     (
@@ -202,7 +208,7 @@ def _t5(gated: bool) -> _Layout:
 
 
 # A model fits the first layout whose every name it has, so that new architectures of a known build need no entry.
-_LAYOUTS = (_GEMMA2, _LLAMA, _PHI3, _PHI, _GPT2, _BERT, _DISTILBERT, _t5(gated=False), _t5(gated=True))
+_LAYOUTS = (_GEMMA2, _GTE, _LLAMA, _PHI3, _PHI, _GPT2, _BERT, _DISTILBERT, _t5(gated=False), _t5(gated=True))
 
 
 def find(model: nn.Module) -> Anatomy:
@@ -224,6 +230,7 @@ def find(model: nn.Module) -> Anatomy:
             "Known builds: BERT, RoBERTa, DistilBERT, GPT-2, Llama, Mistral, Qwen, Gemma, Phi, T5. "
             "A new one is a layout in edgepeft/anatomy.py.",
         )
+    _check_alike(model, layout, modules)
     blocks = []
     for index, (stack, roles) in enumerate(zip(layout.stacks, layout.roles, strict=True)):
         layers: Any = modules[stack]
@@ -269,11 +276,32 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _fits(layout: _Layout, modules: Mapping[str, nn.Module]) -> bool:
-    return all(
-        f"{stack}.0.{name}" in modules
+    return all(f"{stack}.0.{name}" in modules for stack, names in _named(layout).items() for name in names)
+
+
+def _named(layout: _Layout) -> dict[str, list[str]]:
+    """For each stack what every layer of it must have."""
+    return {
+        stack: [*(name for names in roles.values() for name in names), *outputs.values(), *layout.norms.values()]
         for stack, roles, outputs in zip(layout.stacks, layout.roles, layout.outputs, strict=True)
-        for name in (*(name for names in roles.values() for name in names), *outputs.values(), *layout.norms.values())
-    )
+    }
+
+
+def _check_alike(model: nn.Module, layout: _Layout, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse a model of which only the first layer is of a known build.
+
+    Raises:
+        UsageError: see above.
+    """
+    for stack, names in _named(layout).items():
+        layers: Any = modules[stack]
+        for number, name in ((number, name) for number in range(len(layers)) for name in names):
+            if f"{stack}.{number}.{name}" not in modules:
+                raise UsageError(
+                    f"The layers of {type(model).__name__} are not all of one build.",
+                    f"The first has {name}, and number {number + 1} has not: it may be a mixture of experts.",
+                    "Use a model whose layers are all alike.",
+                )
 
 
 def _name_of(model: nn.Module, wanted: nn.Module | None) -> str:

@@ -134,7 +134,7 @@ def tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedT
     """
     from transformers import AutoTokenizer
 
-    from edgepeft.data.tokens import check_files  # plans do not wait for the libraries of data
+    from edgepeft.data.tokens import check_files, split_as_named  # plans do not wait for the libraries of data
 
     check_files(source.location, gguf=source.gguf is not None)
     with _refusing_unloadable(source):
@@ -145,6 +145,8 @@ def tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedT
             "On the device only the tokenizers library runs it.",
             "Convert it to a tokenizer.json first.",
         )
+    if source.gguf:
+        split_as_named(loaded, Path(source.location, source.gguf))
     return loaded
 
 

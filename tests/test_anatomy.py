@@ -16,13 +16,16 @@ from edgepeft.backbone import linearize
 from edgepeft.errors import UsageError
 
 FUSED = {"gpt2": {"query", "key", "value"}, "phi3": {"query", "key", "value"}}
-GATED = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "mistral", "t5-gated")
+GATED = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "mistral", "gte", "t5-gated")
 _MORE = {
     "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**_small(), pad_token_id=0)),
     "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**_small())),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_small(), num_key_value_heads=2)),
     "roberta": lambda: transformers.RobertaForSequenceClassification(
         transformers.RobertaConfig(**_small(), num_labels=3)
+    ),
+    "gte": lambda: transformers.GteForSequenceClassification(
+        transformers.GteConfig(**_small(), num_labels=3, pad_token_id=0)
     ),
 }
 ALL = (*tiny.FAMILIES, *_MORE)
@@ -153,7 +156,7 @@ def test_norms_are_all_found(family: str) -> None:
 def test_head_or_unembedding(family: str) -> None:
     model = _model(family)
     found = anatomy.find(model)
-    if family in ("bert", "distilbert", "roberta"):
+    if family in ("bert", "distilbert", "roberta", "gte"):
         assert found.unembedding == ""
         outside = {name.split(".")[0] for name, _ in model.named_parameters()} - {model.base_model_prefix}
         assert outside <= set(found.head) and "classifier" in outside
@@ -189,3 +192,17 @@ def test_unknown_architecture() -> None:
         anatomy.find(transformers.BloomForCausalLM(transformers.BloomConfig(**sizes)))
     assert "BloomForCausalLM is not one edgepeft knows" in caught.value.fact
     assert "Llama" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("Glm4Moe", {"n_routed_experts": 4, "first_k_dense_replace": 1}), ("Ernie4_5_Moe", {"moe_num_experts": 4})],
+)
+def test_experts_behind_a_first_layer_of_a_known_build_are_refused(kind: str, sizes: dict[str, int]) -> None:
+    sizes = _small() | sizes | {"num_key_value_heads": 2, "moe_intermediate_size": 8}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with pytest.raises(UsageError, match="not all of one build") as caught:
+        anatomy.find(model)
+    assert caught.value.cause.startswith("The first has mlp.gate_proj, and number 2 has not")

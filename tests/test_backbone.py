@@ -100,14 +100,15 @@ def test_positions_are_as_many_as_the_model_can_read(family: str) -> None:
     assert backbone.positions(tiny.configuration(family)) == (None if tiny.task(family) == "seq2seq" else 64)
 
 
-def test_roberta_starts_counting_positions_after_its_padding() -> None:
+@pytest.mark.parametrize("family", ["Roberta", "Camembert", "XLMRoberta", "Data2VecText", "Luke", "MarkupLM"])
+def test_roberta_and_its_like_start_counting_positions_after_their_padding(family: str) -> None:
     """The longest input that does not fail in the model itself."""
-    config = transformers.RobertaConfig(
-        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=12
-    )
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "max_position_embeddings": 12}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 1}
+    config = getattr(transformers, f"{family}Config")(**sizes)
     longest = backbone.positions(config)
     assert longest is not None
-    model = transformers.RobertaModel(config).eval()
+    model = getattr(transformers, f"{family}Model")(config).eval()
     model(torch.full((1, longest), 5))
     with pytest.raises((IndexError, RuntimeError), match="out of"):
         model(torch.full((1, longest + 1), 5))
@@ -257,3 +258,10 @@ def test_a_roberta_without_a_padding_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="describes no model") as caught:
         backbone.config(backbone.resolve(str(tmp_path)))
     assert "pad_token_id is None" in caught.value.cause
+
+
+@pytest.mark.parametrize("family", ["Bart", "Pegasus"])
+def test_an_encoder_decoder_of_another_build_is_no_wrong_configuration(family: str, tmp_path: Path) -> None:
+    getattr(transformers, f"{family}Config")().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=rf"architecture that edgepeft does not know \({family.lower()}\)"):
+        backbone.config(backbone.resolve(str(tmp_path)))

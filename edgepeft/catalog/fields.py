@@ -10,7 +10,18 @@ from edgepeft.errors import UsageError
 
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers")
 POSITIONS = ("max_position_embeddings", "n_positions")
-_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")  # count their positions from pad_token_id + 1
+# These count their positions from pad_token_id + 1.
+_FROM_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "data2vec-text",
+    "lilt",
+    "longformer",
+    "luke",
+    "markuplm",
+    "xmod",
+)
 
 _COUNTED = ("vocab_size", "hidden_size", "d_model", "n_embd", "num_attention_heads", "num_heads", "n_head", *LAYERS)
 
@@ -21,6 +32,12 @@ def check(name: str, model: Mapping[str, Any]) -> None:
     Raises:
         UsageError: see above.
     """
+    if "encoder_layers" in model and not any(f in model for f in LAYERS):  # BART and its like, Whisper
+        raise UsageError(
+            f"{name} is of an architecture that edgepeft does not know ({model.get('model_type')}).",
+            "Its encoder_layers and decoder_layers are of no known build.",
+            "Of models that read one text and write another, use one of T5's kind: t5-small, flan-t5-base.",
+        )
     wrong = next((f for f in _COUNTED if f in model and not (isinstance(model[f], int) and model[f] > 0)), None)
     heads, shared = model.get("num_attention_heads"), model.get("num_key_value_heads")
     if wrong is not None:

@@ -6,7 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from edgepeft.errors import UsageError
 
@@ -27,6 +28,21 @@ def check_files(location: str, *, gguf: bool) -> None:
         f"There is none of {', '.join(_FILES)}.",
         "Copy tokenizer.json and tokenizer_config.json of the model beside its config.json.",
     )
+
+
+_EACH_DIGIT_ALONE = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
+"""Ways of splitting text that GGUF files name, as llama.cpp splits by them, which transformers takes for GPT-2's."""
+
+
+def split_as_named(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
+    """Split text as the GGUF ``file`` of a tokenizer says, where transformers does not: the model learned it so."""
+    from gguf import GGUFReader
+
+    named = GGUFReader(file).get_field("tokenizer.ggml.pre")
+    if named is not None and named.contents() in _EACH_DIGIT_ALONE:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
 
 
 def check(

@@ -109,7 +109,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if projected:
             update = unproject(update, state["basis"]).mul_(self.scale)
         decay = self.weight_decay if parameter.dim() > 1 else 0.0
-        rounding.add(parameter, update, -lr, 1 - lr * decay)
+        # Not the parameter: where it is a view of a larger tensor (transformers splits the fused layers of a file), the
+        # other views, which backward has still to read, would count as written to.
+        rounding.add(parameter.data, update, -lr, 1 - lr * decay)
 
 
 def range_basis(gradient: Tensor, rank: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from edgepeft.anatomy import Anatomy
 from edgepeft.errors import UsageError
+from edgepeft.tasks import default_task
 
 CHILD = "prefix"  # a module that gives the states read before an attention's own; absent where a call brings them
 SHARES = "prefix_shares"  # log of the share of its weight that each query gives each prefix token
@@ -68,13 +69,21 @@ def sites(model: nn.Module, anatomy: Anatomy) -> list[Site]:
 
 def is_causal_decoder(model: nn.Module, anatomy: Anatomy) -> bool:
     """Whether the model is a decoder alone: every token reads those before it, and nothing else is read."""
+    whole: Any = model
     first: Any = model.get_submodule(sites(model, anatomy)[0].path)
-    return len(anatomy.stacks) == 1 and bool(getattr(first, "is_causal", True))
+    causal = getattr(first, "is_causal", None)  # an encoder may be set up to decode; older attentions say nothing
+    return len(anatomy.stacks) == 1 and (default_task(whole.config) == "causal-lm" if causal is None else bool(causal))
 
 
 def reads_more(attention: nn.Module) -> None:
     """Let an attention read keys and values before its own: of its child ``prefix``, or those its call brings."""
     module: Any = attention
+    if not (hasattr(module, "config") and hasattr(sys.modules[type(module).__module__], "eager_attention_forward")):
+        raise UsageError(
+            f"Nothing can be put before the keys and values of {type(module).__name__}.",
+            "It does its arithmetic itself, and looks no function up that does.",
+            "Use a method without prefixes and prompts: lora, houlsby.",
+        )
     over = module.config._attn_implementation
     if over not in _OVER:
         raise UsageError(
@@ -88,14 +97,22 @@ def reads_more(attention: nn.Module) -> None:
 
 
 def _attend(
-    over: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **arguments: Any
+    over: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **arguments: Any,
 ) -> Any:
     """An attention function of transformers, with states of length P put before K keys and values.
 
     Args:
         query: (batch, heads, Q, head width); ``key``, ``value``: (batch, key-value heads, K, head width).
-        mask: (batch or 1, 1, Q, K), True or 0 where a token is seen; None for all, or for causal with sdpa.
+        attention_mask: (batch or 1, 1 or heads, Q, K), True or 0 where a token is seen; None for all, or
+            for causal with sdpa. Some families give it by name.
     """
+    mask = attention_mask
     inner: Callable[..., Any] = _functions().get_interface(over, _eager_of(module))
     record, prompt = arguments.pop(RECORD, None), arguments.pop(PROMPT, None)
     if record is not None:
@@ -125,8 +142,14 @@ def _before(module: nn.Module, prompt: Any, key: Tensor) -> tuple[Tensor, Tensor
     batch, heads, _, width = key.shape
     if prompt is not None:
         states = prompt[module.layer_idx]  # (1, heads, length, width) already
+    elif (made := dict(module.named_children()).get(CHILD)) is None:
+        raise UsageError(
+            f"The states of a prompt do not reach {type(module).__name__}.",
+            "The layer around it does not hand on what it is called with.",
+            "Use a method without prompts: lora, houlsby, prefix_tuning.",
+        )
     else:
-        states = [s.view(-1, heads, width).transpose(0, 1)[None] for s in module.get_submodule(CHILD)()]
+        states = [s.view(-1, heads, width).transpose(0, 1)[None] for s in made()]
     keys, values = (state.to(key.dtype).expand(batch, -1, -1, -1) for state in states)
     return keys, values
 
@@ -135,15 +158,16 @@ def _weighing(shares: Tensor, length: int, mask: Tensor | None, query: Tensor, k
     """``mask`` as what is added to scores, behind ``shares`` (batch, Q, P or 1), whose exponents multiply weights.
 
     Returns:
-        (batch, 1, Q, P + K), where P is ``length``.
+        (batch, 1 or heads, Q, P + K), where P is ``length``.
     """
     batch, _, queries, _ = query.shape
     if mask is None:
         mask = shares.new_zeros(1, 1, 1, key.shape[2])
     elif mask.dtype is torch.bool:
         mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
-    own = mask.to(query.dtype).expand(batch, 1, queries, key.shape[2])
-    shares = shares.to(query.dtype)[:, None].expand(batch, 1, queries, length)
+    heads = mask.shape[1]
+    own = mask.to(query.dtype).expand(batch, heads, queries, key.shape[2])
+    shares = shares.to(query.dtype)[:, None].expand(batch, heads, queries, length)
     return torch.cat([shares, own], dim=-1)
 
 

@@ -25,6 +25,7 @@ _WIDTHS = (
     "head_dim",
     "d_kv",
 )
+_CACHES = {"past_key_values", "layer_past"}  # and its key-value cache
 
 
 class Ladder:
@@ -86,8 +87,9 @@ class Rung(nn.Module):
             arguments["position_embeddings"] = tuple(t[..., :: self.stride] for t in arguments["position_embeddings"])
         if arguments.get("encoder_hidden_states") is not None:
             arguments["encoder_hidden_states"] = self.ladder.encoder
-        if arguments.get("past_key_values") is not None:
-            _make_room(arguments["past_key_values"], self.beside, self.cache_index)
+        for name in _CACHES & arguments.keys():
+            if arguments[name] is not None:
+                _make_room(arguments[name], self.beside, self.cache_index)
         output = self.layer(mixed, **arguments)
         self.ladder.state = output if isinstance(output, Tensor) else output[0]
         return self.ladder.state

@@ -21,7 +21,7 @@ class Late(nn.Module):
         """(batch, tokens, hidden) to the same, from them and what was read in the stack, without a graph."""
 
 
-def attach(model: nn.Module, stack: Stack, late: Late, read: Sequence[str], what: Literal["input", "output"]) -> None:
+def attach(model: Any, stack: Stack, late: Late, read: Sequence[str], what: Literal["input", "output"]) -> None:
     """Let ``late`` change what leaves ``stack``, given the inputs or the outputs of the modules named in ``read``."""
     channel = _Channel()
     for name in read:
@@ -33,7 +33,8 @@ def attach(model: nn.Module, stack: Stack, late: Late, read: Sequence[str], what
             module.register_forward_hook(_note_output)
     owner = model.get_submodule(stack.owner)
     norms = [child for child in owner.children() if is_norm(child)]
-    end = norms[-1] if norms else owner
+    # A model that calls its layers itself may pool their states, or normalise them without a weight.
+    end = norms[-1] if norms else model.get_submodule(stack.layers)[-1] if owner is model.base_model else owner
     end.add_module(END, _End(late, channel))
     if norms:
         end.register_forward_pre_hook(_change_input)
@@ -87,6 +88,11 @@ def _change_input(norm: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return getattr(norm, END)(inputs[0].detach()), *inputs[1:]
 
 
-def _change_output(owner: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-    output.last_hidden_state = getattr(owner, END)(output.last_hidden_state.detach())
+def _change_output(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    """Of a stack, or of its last layer."""
+    if isinstance(output, Tensor):
+        return getattr(module, END)(output.detach())
+    if isinstance(output, (tuple, list)):
+        return getattr(module, END)(output[0].detach()), *output[1:]
+    output.last_hidden_state = getattr(module, END)(output.last_hidden_state.detach())
     return output

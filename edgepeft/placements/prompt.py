@@ -62,6 +62,8 @@ def attach(method: str, model: Any, anatomy: Anatomy, prompt: nn.Module, length:
         reader = model.base_model
         reader.register_forward_pre_hook(_prepend, with_kwargs=True)
         layers: Any = model.get_submodule(anatomy.stacks[0].owner)
+        if layers is reader:  # what pools the states is in there too
+            layers = model.get_submodule(anatomy.blocks[-1].path)
         layers.prompt_length = length
         layers.register_forward_hook(_cut)
     reader.add_module(CHILD, prompt)
@@ -129,6 +131,8 @@ def _see_prompt(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _cut(layers: Any, args: tuple[Any, ...], output: Any) -> Any:
+    if isinstance(output, Tensor):  # of the last layer
+        return output[:, layers.prompt_length :]
     output["last_hidden_state"] = output["last_hidden_state"][:, layers.prompt_length :]
     return output
 
