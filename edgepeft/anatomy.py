@@ -269,11 +269,15 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _fits(layout: _Layout, modules: Mapping[str, nn.Module]) -> bool:
-    return all(
-        f"{stack}.0.{name}" in modules
-        for stack, roles, outputs in zip(layout.stacks, layout.roles, layout.outputs, strict=True)
-        for name in (*(name for names in roles.values() for name in names), *outputs.values(), *layout.norms.values())
-    )
+    """Whether every layer has every name: a mixture of experts may begin with layers that are none."""
+    for stack, roles, outputs in zip(layout.stacks, layout.roles, layout.outputs, strict=True):
+        layers = modules.get(stack)
+        if not isinstance(layers, nn.ModuleList):
+            return False
+        names = {*(name for each in roles.values() for name in each), *outputs.values(), *layout.norms.values()}
+        if not all(f"{stack}.{number}.{name}" in modules for number in range(len(layers)) for name in names):
+            return False
+    return True
 
 
 def _name_of(model: nn.Module, wanted: nn.Module | None) -> str:

@@ -115,7 +115,11 @@ def config(source: Source, *, trust_remote_code: bool = False) -> PretrainedConf
 
 def as_fields(config: PretrainedConfig) -> dict[str, Any]:
     """A configuration as plain data."""
-    return json.loads(config.to_json_string(use_diff=False))
+
+    def number(found: dict[str, Any]) -> Any:  # as transformers writes infinity, such as a bound of Mamba's
+        return float(found["__float__"]) if found.keys() == {"__float__"} else found
+
+    return json.loads(config.to_json_string(use_diff=False), object_hook=number)
 
 
 def as_config(model: Mapping[str, Any]) -> PretrainedConfig:
@@ -292,7 +296,7 @@ def _prepare(
 ) -> Backbone:
     check(model.config, task)
     if task == "classification" and model.config.pad_token_id is None:  # decoders look for the last token before it
-        eos = model.config.eos_token_id
+        eos = getattr(model.config, "eos_token_id", None)
         model.config.pad_token_id = next(iter(eos if isinstance(eos, list) else [eos or 0]), 0)
     attending.install()
     linearize(model)
