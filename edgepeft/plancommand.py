@@ -102,7 +102,8 @@ def plan(
     }
 
     def planned(device: hardware.Hardware, /, **changes: Any) -> Plan:
-        device = changes.pop("device", device)
+        if "device" in changes:  # another, of which as much is left to others
+            device = planning.leaving(changes.pop("device"), reserve)
         progress = tables.progress(f"tracing for {device.name}")
         return planning.plan_model(model, device, **{**asked, **changes}, progress=progress)
 
@@ -183,7 +184,8 @@ def _inference(
         tables.inference(found)
         tables.say(found.lengths)
     if not found.fits and not as_json:
-        tables.say(f"Nothing fits. {inferplan.remedy(found, lambda shorter: planned(tokens=shorter))}")
+        ways = inferplan.remedy(found, lambda shorter: planned(tokens=shorter), round(reserve * planning.GiB))
+        tables.say(f"Nothing fits. {ways}")
     if not found.fits:
         raise typer.Exit(1)
 
