@@ -130,7 +130,10 @@ def plan(
         tokens = seq_len or planning.DEFAULT_TOKENS
         batch = global_batch or planning.DEFAULT_GLOBAL_BATCH
         again = partial(planned, device)
-        ways = alternatives.find(found, again, tokens=tokens, global_batch=batch, method=method, precision=precision)
+        one_method = None if method == planning.ALL else method
+        ways = alternatives.find(
+            found, again, tokens=tokens, global_batch=batch, method=one_method, precision=precision
+        )
         if not as_json:
             raise EdgePeftError(fact, cause, alternatives.remedy(ways))
     if as_json:

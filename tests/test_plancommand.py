@@ -164,6 +164,12 @@ def test_what_would_fit_leaves_what_is_reserved_too() -> None:
     assert plan(*running, "cpu-x86-16gb").exit_code == 0
 
 
+def test_what_would_fit_is_looked_for_where_no_method_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "names", lambda: ["ln_tuning", "lora"])  # all of them take minutes to trace
+    shown = plan("--method", "all", "--gpu", "rtx-4060-8gb", "--model", "llama-3.1-70b", "--json")
+    assert shown.exit_code == 1 and json.loads(shown.stdout)["alternatives"]
+
+
 def test_values_of_an_option_that_is_named_again_are_all_tried(tiny: Path, tmp_path: Path) -> None:
     """The one that is wanted most first; the recipe has that which is chosen."""
     written = tmp_path / "recipe.toml"
