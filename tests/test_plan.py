@@ -185,6 +185,9 @@ def test_freed_memory_is_kept_only_where_there_is_enough() -> None:
     tight = small_plan(hardware=small, **wanted).chosen()
     assert tight.fits and not tight.ample and tight.process_bytes == least
     assert not small_plan(microbatch=64).chosen().ample, "a GPU's allocator is another matter"
+    largest, run = (small_plan(hardware=pi, tokens=512, microbatch=size).chosen() for size in (None, 16))
+    assert largest.run_microbatch == 16 < largest.microbatch
+    assert run.ample and largest.run_process_bytes == run.process_bytes, "as the run's own plan has it"
 
 
 def test_hopper_s_larger_workspaces_are_planned_as_they_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:
