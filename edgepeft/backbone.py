@@ -189,6 +189,7 @@ def load(
     dtype = precision.compute_dtype(at)
     torch.manual_seed(seed)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **_gguf(source)}
+    options["return_dict"] = True  # what is read of outputs has a name, whatever the configuration says
     options["ignore_mismatched_sizes"] = True  # a head for another number of labels starts anew; all else is refused
     if labels is not None:
         options["id2label"] = dict(enumerate(labels))
@@ -224,7 +225,7 @@ def skeleton(
     import transformers
 
     check(configuration, task)
-    configuration.num_labels = labels
+    configuration.num_labels, configuration.return_dict = labels, True
     loader = getattr(transformers, _LOADERS[task])
     try:
         model = loader.from_config(configuration, dtype=precision.compute_dtype(at))
@@ -385,7 +386,7 @@ def _refusing_unloadable(source: Source) -> Iterator[None]:
         raise EdgePeftError(
             f"The weights of {source.name} are damaged.", str(error), "Fetch the model again."
         ) from error
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         name, others = repr(source.name), [*beside(source.name), *catalog.names()]
         remedy = f"Check the name, the task and the network. {nearest(source.name, others)}"
         if source.known is not None:  # the name is right: only the weights are not here
