@@ -339,11 +339,12 @@ def _loss_rows(configuration: Configuration) -> int:
 
 
 def _prime(configuration: Configuration, least: int) -> int:
-    """A prime of at least ``least`` that divides no number of the model, no length and no workspace of cuBLAS.
+    """A prime of at least ``least`` that divides no number of model and method, no length and no workspace of cuBLAS.
 
     Nor does it divide the rows that are multiplied at a time: of logits by the vocabulary, of the head by its width.
     """
-    numbers = {value for value in configuration.model.values() if isinstance(value, int) and value > 1}
+    given = (*configuration.model.values(), *configuration.options.values())
+    numbers = {value for value in given if isinstance(value, int) and value > 1}
     numbers |= {configuration.tokens, configuration.target_tokens, Device().blas_workspace_bytes}
     if configuration.task != "classification":
         numbers |= {

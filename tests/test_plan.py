@@ -125,6 +125,16 @@ def test_extrapolated_depth_and_microbatch_agree_with_a_full_trace(
             assert sum(extrapolated[phase].values()) == pytest.approx(traced[phase].peak_bytes, rel=0.002), phase
 
 
+def test_what_has_a_method_s_rank_does_not_grow_with_the_microbatch() -> None:
+    wide = {**LLAMA, "hidden_size": 512, "intermediate_size": 1024, "head_dim": 128, "vocab_size": 32000}
+    wanted = configuration("lora", "bf16", model=wide, options={"rank": 88}, cuda=True)  # a multiple of 11
+    surface = extrapolate.surface(wanted)
+    for microbatch in (1, 24):
+        traced = probe.record(replace(wanted, microbatch=microbatch), whole=False).tracker.peaks()["forward+backward"]
+        found = sum(surface.peaks(microbatch)["forward+backward"].values())
+        assert found == pytest.approx(traced.peak_bytes, rel=0.002)
+
+
 @pytest.mark.parametrize("method", ("lora", "lets", "far"))
 def test_both_ways_to_keep_activations_may_be_traced_together(method: str) -> None:
     """Also of a method with several stages: what one way leaves is not in the other's next stage."""
