@@ -93,7 +93,8 @@ def _smaller(failed: Plan, again: Again, method: str | None, precision: str | No
         found = _planned(again, method=None, precision=None, settings=[], first=True)
         if found is not None:
             change = {"method": found.chosen().method, "precision": found.chosen().precision, "settings": []}
-            text = f"--method {found.chosen().method} --precision {_chosen(found)}"
+            without = " without --set" if any(each.options for each in failed.candidates) else ""
+            text = f"--method {found.chosen().method}{without} --precision {_chosen(found)}"
             yield _alternative(change, found.chosen(), text)
 
 

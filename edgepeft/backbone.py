@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from edgepeft import admission, anatomy, attending, catalog, heap, precision
 from edgepeft.catalog import fields
+from edgepeft.conv1d import linearize, transposed
 from edgepeft.errors import EdgePeftError, UsageError, beside, nearest, said
 from edgepeft.tasks import LOADERS as _LOADERS
 from edgepeft.tasks import check, default_task
@@ -115,7 +116,11 @@ def config(source: Source, *, trust_remote_code: bool = False) -> PretrainedConf
 
 def as_fields(config: PretrainedConfig) -> dict[str, Any]:
     """A configuration as plain data."""
-    return json.loads(config.to_json_string(use_diff=False))
+
+    def number(found: dict[str, Any]) -> Any:  # as transformers writes infinity, such as a bound of Mamba's
+        return float(found["__float__"]) if found.keys() == {"__float__"} else found
+
+    return json.loads(config.to_json_string(use_diff=False), object_hook=number)
 
 
 def as_config(model: Mapping[str, Any]) -> PretrainedConfig:
@@ -187,6 +192,7 @@ def load(
     dtype = precision.compute_dtype(at)
     torch.manual_seed(seed)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **_gguf(source)}
+    options["return_dict"] = True  # what is read of outputs has a name, whatever the configuration says
     options["ignore_mismatched_sizes"] = True  # a head for another number of labels starts anew; all else is refused
     if labels is not None:
         options["id2label"] = dict(enumerate(labels))
@@ -222,7 +228,7 @@ def skeleton(
     import transformers
 
     check(configuration, task)
-    configuration.num_labels = labels
+    configuration.num_labels, configuration.return_dict = labels, True
     loader = getattr(transformers, _LOADERS[task])
     try:
         model = loader.from_config(configuration, dtype=precision.compute_dtype(at))
@@ -266,15 +272,6 @@ def saved(directory: Path, model: PreTrainedModel) -> Iterator[tuple[Tensor, Ten
         raise EdgePeftError(f"{directory} has no {min(wanted)}.", "It is not what was merged.", "Delete it and merge.")
 
 
-def transposed(model: PreTrainedModel) -> set[str]:
-    """The linear layers that the architecture keeps transposed (``Conv1D``), which ``linearize`` turned round."""
-    from transformers.pytorch_utils import Conv1D
-
-    with torch.device("meta"):
-        original = type(model)(model.config)
-    return {name for name, module in original.named_modules() if isinstance(module, Conv1D)}
-
-
 def repack(model: PreTrainedModel, parts: anatomy.Anatomy, at: str) -> None:
     """Pack the layers of an unpacked model that ``load`` would have packed."""
     precision.pack_where(
@@ -295,7 +292,7 @@ def _prepare(
 ) -> Backbone:
     check(model.config, task)
     if task == "classification" and model.config.pad_token_id is None:  # decoders look for the last token before it
-        eos = model.config.eos_token_id
+        eos = getattr(model.config, "eos_token_id", None)
         model.config.pad_token_id = next(iter(eos if isinstance(eos, list) else [eos or 0]), 0)
     attending.install()
     linearize(model)
@@ -332,18 +329,6 @@ def _may_be_packed(name: str, parts: anatomy.Anatomy, model: PreTrainedModel) ->
     """Only layers of the blocks, as everywhere in the field; never T5's ``wo``, whose outliers do not survive it."""
     inside = any(name.startswith(f"{block.path}.") for block in parts.blocks)
     return inside and not (model.config.model_type in ("t5", "mt5", "umt5") and name.endswith(".wo"))
-
-
-def linearize(model: nn.Module) -> None:
-    """GPT-2 keeps its linears transposed (``Conv1D``); make them ``nn.Linear``, so that methods see one kind."""
-    from transformers.pytorch_utils import Conv1D
-
-    for name, module in precision.one_by_one(model, lambda module: isinstance(module, Conv1D)):
-        with torch.device("meta"):
-            linear = nn.Linear(module.nx, module.nf)
-        linear.weight = nn.Parameter(module.weight.detach().t().contiguous())
-        linear.bias = module.bias
-        model.set_submodule(name, linear)
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:
@@ -384,7 +369,7 @@ def _refusing_unloadable(source: Source) -> Iterator[None]:
         raise EdgePeftError(
             f"The weights of {source.name} are damaged.", str(error), "Fetch the model again."
         ) from error
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         name, others = repr(source.name), [*beside(source.name), *catalog.names()]
         remedy = f"Check the name, the task and the network. {nearest(source.name, others)}"
         if source.known is not None:  # the name is right: only the weights are not here

@@ -109,11 +109,15 @@ def of(
             low, high = (middle, high) if need(middle) <= limit else (low, middle - 1)
         return low
 
+    def taken(size: int) -> tuple[int, bool]:
+        """With what is kept of what is freed, where there is room for it."""
+        least = need(size)
+        kept = max(least, _with_kept(traced, hardware, size))
+        ample = hardware.kind == "cpu" and kept <= hardware.available_bytes * TIGHT
+        return (kept if ample else least), ample
+
     size = fixed or largest(hardware.available_bytes * TIGHT) or 1  # the margin is for one that cannot do without
-    process = need(size)
-    kept = max(process, _with_kept(traced, hardware, size))
-    ample = hardware.kind == "cpu" and kept <= hardware.available_bytes * TIGHT
-    process = kept if ample else process
+    process, ample = taken(size)
     verdict = "NO" if process > hardware.available_bytes else "FITS"
     if verdict == "FITS" and process > hardware.available_bytes * TIGHT:
         verdict = "TIGHT"
@@ -139,7 +143,7 @@ def of(
         phases={name: sum(held.values()) for name, held in traced.peaks(size).items()},
         merge_bytes=sum(traced.peaks(used).get("merge", {}).values()),
         run_microbatch=used,
-        run_process_bytes=process if used == size else need(used),
+        run_process_bytes=taken(used)[0],
         update_seconds=seconds,
         tokens_per_second=None if seconds is None else devices * global_batch * configuration.tokens / seconds,
         ample=ample,

@@ -18,7 +18,7 @@ import numpy as np
 
 from edgepeft import replay
 from edgepeft.catalog.fields import at_depth, depth, positions, positions_left
-from edgepeft.cross_entropy import chunks
+from edgepeft.cross_entropy import CHUNK_BYTES, chunks
 from edgepeft.cuda_device import Device
 from edgepeft.methods import base
 from edgepeft.precision import is_converted, is_packed, stored_dtype
@@ -27,6 +27,7 @@ from edgepeft.roofline import Work, along
 from edgepeft.runtime.manifest import PREFILL_TOKENS
 from edgepeft.surface import KINDS, PASSING, WORKING, Configuration, Moment, Surface
 
+WIDTHS = ("hidden_size", "d_model", "n_embd")
 SIZES = [2**power for power in range(11)]  # microbatches at which the peak of a segment is looked for
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Span = tuple[int, int]  # the first moment and the last
@@ -329,14 +330,27 @@ def _saturated(configuration: Configuration) -> int:
     if configuration.task == "classification":
         return 1
     tokens = configuration.target_tokens if configuration.task == "seq2seq" else configuration.tokens
-    rows = chunks(1 << 20, int(configuration.model["vocab_size"]))[0].stop
-    return max(1, math.ceil(rows / tokens))
+    return max(1, math.ceil(_loss_rows(configuration) / tokens))
+
+
+def _loss_rows(configuration: Configuration) -> int:
+    """How many answers the loss makes logits of at a time."""
+    return int(chunks(1 << 20, int(configuration.model["vocab_size"]))[0].stop)
 
 
 def _prime(configuration: Configuration, least: int) -> int:
-    """A prime of at least ``least`` that divides no number of the model, no length and no workspace of cuBLAS."""
-    numbers = {value for value in configuration.model.values() if isinstance(value, int) and value > 1}
+    """A prime of at least ``least`` that divides no number of model and method, no length and no workspace of cuBLAS.
+
+    Nor does it divide the rows that are multiplied at a time: of logits by the vocabulary, of the head by its width.
+    """
+    given = (*configuration.model.values(), *configuration.options.values())
+    numbers = {value for value in given if isinstance(value, int) and value > 1}
     numbers |= {configuration.tokens, configuration.target_tokens, Device().blas_workspace_bytes}
+    if configuration.task != "classification":
+        numbers |= {
+            _loss_rows(configuration),
+            *(CHUNK_BYTES // (4 * (configuration.model.get(w) or 1)) for w in WIDTHS),
+        }
     size = least
     while any(size % d == 0 for d in range(2, math.isqrt(size) + 1)) or any(n % size == 0 for n in numbers):
         size += 1

@@ -118,13 +118,14 @@ def plan_model(
     )
 
 
-def remedy(failed: InferencePlan, again: Callable[[int], InferencePlan]) -> str:
+def remedy(failed: InferencePlan, again: Callable[[int], InferencePlan], reserve_bytes: int = 0) -> str:
     """What would fit where nothing does.
 
     Args:
         again: plans for another number of tokens.
+        reserve_bytes: what is to be left to others, on any device.
     """
-    need = min(variant.needed_bytes for variant in failed.variants)
+    need = min(variant.needed_bytes for variant in failed.variants) + reserve_bytes
     runners = [each for each in (hardware.load(name).runner for name in hardware.names()) if each is not None]
     roomy = [each for each in runners if each.available_bytes >= need]
     ways = [f"--target {each.name}" for each in sorted(roomy, key=lambda each: each.available_bytes)][:1]

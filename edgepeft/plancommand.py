@@ -102,7 +102,8 @@ def plan(
     }
 
     def planned(device: hardware.Hardware, /, **changes: Any) -> Plan:
-        device = changes.pop("device", device)
+        if "device" in changes:  # another, of which as much is left to others
+            device = planning.leaving(changes.pop("device"), reserve)
         progress = tables.progress(f"tracing for {device.name}")
         return planning.plan_model(model, device, **{**asked, **changes}, progress=progress)
 
@@ -129,7 +130,10 @@ def plan(
         tokens = seq_len or planning.DEFAULT_TOKENS
         batch = global_batch or planning.DEFAULT_GLOBAL_BATCH
         again = partial(planned, device)
-        ways = alternatives.find(found, again, tokens=tokens, global_batch=batch, method=method, precision=precision)
+        one_method = None if method == planning.ALL else method
+        ways = alternatives.find(
+            found, again, tokens=tokens, global_batch=batch, method=one_method, precision=precision
+        )
         if not as_json:
             raise EdgePeftError(fact, cause, alternatives.remedy(ways))
     if as_json:
@@ -183,7 +187,8 @@ def _inference(
         tables.inference(found)
         tables.say(found.lengths)
     if not found.fits and not as_json:
-        tables.say(f"Nothing fits. {inferplan.remedy(found, lambda shorter: planned(tokens=shorter))}")
+        ways = inferplan.remedy(found, lambda shorter: planned(tokens=shorter), round(reserve * planning.GiB))
+        tables.say(f"Nothing fits. {ways}")
     if not found.fits:
         raise typer.Exit(1)
 

@@ -19,7 +19,7 @@ from edgepeft.cuda_device import Device
 from edgepeft.evaluate import sample_logits, totals
 from edgepeft.merge import COMPARED, to_full_precision
 from edgepeft.methods import base
-from edgepeft.methods.base import DEPTHS, Method, NotMergeable
+from edgepeft.methods.base import Method, NotMergeable
 from edgepeft.precision import StoredLinear
 from edgepeft.stage import Stage
 from edgepeft.step import Batch, TrainingStep
@@ -111,16 +111,16 @@ def _device(configuration: Configuration) -> Device | bool:
 
 
 def refuse(model: Mapping[str, Any], task: str, method: Method | None) -> None:
-    """Say what speaks against a method on a model, from as many of its layers as decide that; or against any method.
+    """Say what speaks against a model, or against a method on it, from as many of its layers as decide that.
 
     Raises:
         UsageError: the method does not fit it, or no method could.
     """
-    full = depth(model)
+    with torch.device("meta"), _quietly():  # the whole model: its last layers may be of another build than its first
+        skeleton(as_config(model), task=task, at="fp32")
     if method is None:
-        with torch.device("meta"), _quietly():
-            skeleton(as_config(at_depth(model, min(full, DEPTHS[0]))), task=task, at="fp32")
         return
+    full = depth(model)
     layers = full if method.counts_layers else min(full, method.depths()[0])
     with fake_device(cuda=False), _quietly(), _converting():
         base.apply(method, _skeleton(at_depth(model, layers), task, "bf16", method.pack))

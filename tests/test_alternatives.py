@@ -103,6 +103,15 @@ def test_a_narrower_adapter_is_proposed_where_it_fits(again: Callable[..., Plan]
         precision="bf16",
     )
     assert "--set options.rank=128 with lora on bf16" in alternatives.remedy(found)
+    way, *_ = alternatives.find(  # any precision may do, and the default rank: of what is asked for neither is kept
+        failed,
+        lambda **changes: again(small, **{**asked, **changes, "method": "lora", "precision": "bf16"}),
+        tokens=32,
+        global_batch=16,
+        method="lora",
+        precision=None,
+    )
+    assert way.change["settings"] == [] and way.text.startswith("--method lora without --set --precision bf16")
 
 
 def test_training_alone_is_proposed_where_merging_and_exporting_do_not_fit(again: Callable[..., Plan]) -> None:

@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import nn
 
-from edgepeft import anatomy
-from edgepeft.backbone import linearize
+from edgepeft import admission, anatomy, backbone, probe, tasks
+from edgepeft.conv1d import linearize
 from edgepeft.errors import UsageError
 
 FUSED = {"gpt2": {"query", "key", "value"}, "phi3": {"query", "key", "value"}}
@@ -206,3 +206,29 @@ def test_experts_behind_a_first_layer_of_a_known_build_are_refused(kind: str, si
     with pytest.raises(UsageError, match="not all of one build") as caught:
         anatomy.find(model)
     assert caught.value.cause.startswith("The first has mlp.gate_proj, and number 2 has not")
+
+
+_MIXED = {"hidden_size": 32, "moe_intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+_MIXED |= {"vocab_size": 64, "intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        transformers.Qwen3MoeConfig(**_MIXED, num_hidden_layers=6, mlp_only_layers=[0, 1, 2, 3]),
+        transformers.GPTNeoConfig(vocab_size=64, hidden_size=16, num_layers=4, attention_types=[[["global"], 4]]),
+        transformers.FunnelConfig(vocab_size=64, block_sizes=[1, 1], d_model=16, n_head=2, d_head=8, d_inner=16),
+        transformers.BambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, mamba_n_heads=4, mamba_d_head=8),
+    ],
+    ids=lambda made: made.model_type,
+)
+def test_what_no_method_can_work_on_is_refused_before_it_is_traced(
+    configuration: transformers.PretrainedConfig,
+) -> None:
+    """Experts behind more layers than are traced; layers by other names, or described one by one; infinity."""
+    task = tasks.usual_task(configuration)
+    with pytest.raises(UsageError) as caught:
+        admission.check("a model", configuration.to_dict())
+        probe.refuse(backbone.as_fields(configuration), task, None)
+    experts = configuration.model_type == "qwen3_moe"
+    assert ("are not all of one build" if experts else "is not one edgepeft knows") in caught.value.fact

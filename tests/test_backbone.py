@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -264,4 +265,22 @@ def test_a_roberta_without_a_padding_token_is_refused(tmp_path: Path) -> None:
 def test_an_encoder_decoder_of_another_build_is_no_wrong_configuration(family: str, tmp_path: Path) -> None:
     getattr(transformers, f"{family}Config")().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=rf"architecture that edgepeft does not know \({family.lower()}\)"):
+        backbone.config(backbone.resolve(str(tmp_path)))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_outputs_have_names_whatever_the_configuration_says(family: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny.folder(family), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"return_dict": False}))
+    source, task = backbone.resolve(str(folder)), tiny.task(family)
+    loaded = backbone.load(source, task=task, at="fp32")
+    planned = backbone.skeleton(backbone.config(source), task=task, at="fp32")
+    for made in (loaded, planned):
+        assert step.outputs(made.model, tiny.batch(family)).dim() == 2
+
+
+def test_a_dtype_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "auto"}))
+    with pytest.raises(UsageError, match="could not be loaded"):
         backbone.config(backbone.resolve(str(tmp_path)))

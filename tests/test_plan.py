@@ -100,6 +100,7 @@ def test_the_predicted_peak_is_what_real_tensors_take(
         (T5, "full", False, True),
         (BERT, "lora", False, False),
         (GPT2, "full", False, True),
+        ({**GPT2, "vocab_size": 21128}, "lora", False, True),  # 297 of its logits at a time, a multiple of 11
         (DEEP, "top_layers", False, False),
         ({**T5, "num_layers": 12, "num_decoder_layers": 4}, "full", False, True),
         ({**T5, "num_layers": 18, "num_decoder_layers": 6}, "lora", True, False),
@@ -122,6 +123,16 @@ def test_extrapolated_depth_and_microbatch_agree_with_a_full_trace(
         traced = probe.record(replace(wanted, microbatch=microbatch), whole=True).tracker.peaks()
         for phase in ("forward+backward", "update", "evaluation"):
             assert sum(extrapolated[phase].values()) == pytest.approx(traced[phase].peak_bytes, rel=0.002), phase
+
+
+def test_what_has_a_method_s_rank_does_not_grow_with_the_microbatch() -> None:
+    wide = {**LLAMA, "hidden_size": 512, "intermediate_size": 1024, "head_dim": 128, "vocab_size": 32000}
+    wanted = configuration("lora", "bf16", model=wide, options={"rank": 88}, cuda=True)  # a multiple of 11
+    surface = extrapolate.surface(wanted)
+    for microbatch in (1, 24):
+        traced = probe.record(replace(wanted, microbatch=microbatch), whole=False).tracker.peaks()["forward+backward"]
+        found = sum(surface.peaks(microbatch)["forward+backward"].values())
+        assert found == pytest.approx(traced.peak_bytes, rel=0.002)
 
 
 @pytest.mark.parametrize("method", ("lora", "lets", "far"))
@@ -184,6 +195,9 @@ def test_freed_memory_is_kept_only_where_there_is_enough() -> None:
     tight = small_plan(hardware=small, **wanted).chosen()
     assert tight.fits and not tight.ample and tight.process_bytes == least
     assert not small_plan(microbatch=64).chosen().ample, "a GPU's allocator is another matter"
+    largest, run = (small_plan(hardware=pi, tokens=512, microbatch=size).chosen() for size in (None, 16))
+    assert largest.run_microbatch == 16 < largest.microbatch
+    assert run.ample and largest.run_process_bytes == run.process_bytes, "as the run's own plan has it"
 
 
 def test_hopper_s_larger_workspaces_are_planned_as_they_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,6 +151,25 @@ def test_inference_leaves_what_is_reserved() -> None:
     assert full - less == 2**30
 
 
+def test_what_would_fit_leaves_what_is_reserved_too() -> None:
+    """Otherwise the device that is asked about, which is too small for both, would be named."""
+    asked = ("--model", "llama-3.1-8b", "--method", "lora", "--precision", "nf4", "--reserve", "6", "--json")
+    (way,) = json.loads(plan(*asked, "--gpu", "rtx-4060-8gb").stdout)["alternatives"]
+    assert way["change"] == {"hardware": "rtx-4080-16gb"}
+    assert plan(*asked, "--gpu", "rtx-4080-16gb").exit_code == 0
+    assert plan(*asked, "--gpu", "rtx-3060-12gb").exit_code == 1
+    running = ("--infer", "--model", "llama-3.2-3b", "--reserve", "5", "--target")
+    shown = plan(*running, "raspberry-pi-5-8gb")
+    assert shown.exit_code == 1 and "--target cpu-x86-16gb" in shown.output
+    assert plan(*running, "cpu-x86-16gb").exit_code == 0
+
+
+def test_what_would_fit_is_looked_for_where_no_method_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "names", lambda: ["ln_tuning", "lora"])  # all of them take minutes to trace
+    shown = plan("--method", "all", "--gpu", "rtx-4060-8gb", "--model", "llama-3.1-70b", "--json")
+    assert shown.exit_code == 1 and json.loads(shown.stdout)["alternatives"]
+
+
 def test_values_of_an_option_that_is_named_again_are_all_tried(tiny: Path, tmp_path: Path) -> None:
     """The one that is wanted most first; the recipe has that which is chosen."""
     written = tmp_path / "recipe.toml"

@@ -43,6 +43,7 @@ FLOORS = (
     {
         "aside",
         "attending",
+        "conv1d",
         "backbone",
         "tasks",
         "anatomy",

@@ -42,8 +42,6 @@ def check(name: str, model: Mapping[str, Any]) -> None:
     heads, shared = model.get("num_attention_heads"), model.get("num_key_value_heads")
     if wrong is not None:
         cause = f"Its {wrong} is {model[wrong]!r}, and must be a whole number above 0."
-    elif not any(f in model for f in LAYERS):
-        cause = f"It does not say how many layers there are: {' or '.join(LAYERS)}."
     elif isinstance(heads, int) and shared is not None and not (isinstance(shared, int) and shared > 0):
         cause = f"Its num_key_value_heads is {shared!r}, and must be a whole number above 0."
     elif isinstance(heads, int) and shared is not None and heads % shared:
@@ -56,7 +54,10 @@ def check(name: str, model: Mapping[str, Any]) -> None:
 
 
 def depth(model: Mapping[str, Any]) -> int:
-    """How deep a model is: the layers of each stack or, where stacks differ, their greatest common divisor."""
+    """How deep a model is: the layers of each stack or, where stacks differ, their greatest common divisor.
+
+    0 where layers are counted by other names, as BART's are: of architectures that ``anatomy`` refuses.
+    """
     return math.gcd(*(int(model[name]) for name in LAYERS if model.get(name)))
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edgepeft import adapter, backbone, peft_config
+from edgepeft import adapter, backbone, conv1d, peft_config
 from edgepeft.errors import UsageError
 from edgepeft.files import atomic_directory, write_json
 from edgepeft.interop import folder as folders
@@ -47,7 +47,7 @@ def write(folder: Path, target: Path) -> tuple[str, ...]:
     form = folders.FORMS[method.name]
     made = structure.of(card.model, card.task, tensors)
     whole = structure.whole(tensors, made, norms=form is scales.LN_TUNING)
-    transposed = backbone.transposed(made.model)
+    transposed = conv1d.transposed(made.model)
     structure.complete(method, made)
     structure.check(made, tensors, whole, str(folder))
     written = form.write(method, {name: tensor for name, tensor in tensors.items() if name not in whole}, made)

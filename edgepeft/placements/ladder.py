@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgepeft.backbone import linearize
+from edgepeft.conv1d import linearize
 
 CHILD = "rung"
 # What each family calls its widths: hidden, feed-forward, one attention head. Heads stay as many as they were.
