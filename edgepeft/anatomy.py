@@ -210,6 +210,13 @@ def _t5(gated: bool) -> _Layout:
 # A model fits the first layout whose every name it has, so that new architectures of a known build need no entry.
 _LAYOUTS = (_GEMMA2, _GTE, _LLAMA, _PHI3, _PHI, _GPT2, _BERT, _DISTILBERT, _t5(gated=False), _t5(gated=True))
 
+# Fit one by their names, and not by what their modules take and give.
+_LIKE_IN_NAME = {
+    "openai-gpt": "Its layers return lists, where those of GPT-2, whose names they have, return states.",
+    "ibert": "Its linear layers return the scale of their integers beside their outputs.",
+    "xmod": "Its layers ask for the language of every text.",
+}
+
 
 def find(model: nn.Module) -> Anatomy:
     """The anatomy of a Hugging Face model.
@@ -222,10 +229,12 @@ def find(model: nn.Module) -> Anatomy:
     prefix = next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
     modules = {name.removeprefix(prefix): module for name, module in model.named_modules() if name.startswith(prefix)}
     layout = next((layout for layout in _LAYOUTS if _fits(layout, modules)), None)
-    if layout is None:
+    unlike = _LIKE_IN_NAME.get(hub_model.config.model_type)
+    if layout is None or unlike is not None:
         raise UsageError(
             f"The architecture {type(model).__name__} is not one edgepeft knows.",
-            "Methods need to know where attention and feed-forward layers are, "
+            unlike
+            or "Methods need to know where attention and feed-forward layers are, "
             "and no known layout matches its modules.",
             "Known builds: BERT, RoBERTa, DistilBERT, GPT-2, Llama, Mistral, Qwen, Gemma, Phi, T5. "
             "A new one is a layout in edgepeft/anatomy.py.",

@@ -39,7 +39,8 @@ def default_task(configuration: PretrainedConfig) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
-    decodes = configuration.model_type in DECODERS and configuration.model_type not in ENCODERS
+    kind, encodes = configuration.model_type, ENCODERS.keys() | {"bert-generation"}  # an encoder until set up to decode
+    decodes = kind in DECODERS and kind not in encodes
     return "causal-lm" if decodes else "classification"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import weakref
 from collections import Counter
@@ -282,6 +283,9 @@ def fake_device(*, cuda: Device | bool) -> Iterator[Tracker]:
                 ...
         tracker.peaks()
     """
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(
+        logging.CRITICAL
+    )  # errors are raised; printed too, twice
     eight_bit.codes()  # and with it bitsandbytes, whose tables must not be fake for the rest of the process
     tracker = Tracker(cuda=cuda)
     tracker.fake = RecallingMode()

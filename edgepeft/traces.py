@@ -253,7 +253,8 @@ def _trace(
             what = f"{job[0].method} at {job[0].precision}"
             kind = type(crash).__name__
             lost = f"{kind}: {said(crash).removeprefix(f'{kind}: ')}"
-            found = [EdgePeftError(f"{what} could not be traced.", lost, "Please report it.")] * len(job)
+            remedy = "Please report it, with the model's config.json; another method may do."
+            found = [EdgePeftError(f"{what} could not be traced.", lost, remedy)] * len(job)
         yield from zip(indices, found, strict=True)
         done += len(indices)
         progress(done)

@@ -194,6 +194,18 @@ def test_unknown_architecture() -> None:
     assert "Llama" in caught.value.remedy
 
 
+@pytest.mark.parametrize(("kind", "why"), [("OpenAIGPT", "lists"), ("IBert", "scale"), ("Xmod", "language")])
+def test_names_alone_do_not_make_a_model_known(kind: str, why: str) -> None:
+    """GPT-1 has GPT-2's, the other two BERT's."""
+    sizes = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    made = getattr(transformers, f"{kind}Config")(**sizes, intermediate_size=8)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{kind}{'LMHead' if kind == 'OpenAIGPT' else ''}Model")(made)
+    with pytest.raises(UsageError, match="is not one edgepeft knows") as caught:
+        anatomy.find(model)
+    assert why in caught.value.cause
+
+
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [("Glm4Moe", {"n_routed_experts": 4, "first_k_dense_replace": 1}), ("Ernie4_5_Moe", {"moe_num_experts": 4})],
