@@ -141,6 +141,15 @@ def test_a_system_message_in_a_column_of_its_own_is_not_dropped(tmp_path: Path) 
     assert len(load(str(source), tokenizer=tokenizer, cache=tmp_path / "cache", max_tokens=64).train) == 1
 
 
+def test_tools_in_a_column_of_their_own_are_not_dropped(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tokenizer = byte_level(chat_template=CHATML)
+    rows = [{"messages": chat, "tools": "[]"}, {"messages": chat, "tools": '[{"name": "weather"}]'}]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UsageError, match="a.jsonl, line 2: the tools in the column 'tools' would be left out"):
+        load(str(source), tokenizer=tokenizer, cache=tmp_path / "cache", max_tokens=64)
+
+
 def test_what_a_message_has_besides_and_says_nothing_is_let_be(tmp_path: Path) -> None:
     """Parquet gives every message every key of any."""
     none: dict[str, Any] = {"tool_calls": None, "thinking": "", "name": "x", "weight": None}

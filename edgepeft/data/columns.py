@@ -44,7 +44,7 @@ class Layout:
                 if shapes.is_sharegpt(value):
                     raise shapes.sharegpt(where, column)
                 values[field] = _messages(where, value)
-                _check_system(where, row, value)
+                _check_beside(where, row, value)
             elif field == "label" and isinstance(value, int):
                 values[field] = str(value).lower() if isinstance(value, bool) else str(value)
             elif isinstance(value, str):
@@ -101,8 +101,17 @@ def _messages(where: str, value: Any) -> list[dict[str, str]]:
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
-def _check_system(where: str, row: Mapping[str, Any], messages: list[dict[str, str]]) -> None:
-    """Refuse a system message in a column of its own: a template would put the model's default one in its place."""
+def _check_beside(where: str, row: Mapping[str, Any], messages: list[dict[str, str]]) -> None:
+    """Refuse what a prompt would lack: tools, and a system message in a column of its own.
+
+    A template would put the model's default one in its place.
+    """
+    if row.get("tools") not in (None, "", [], "[]"):
+        raise UsageError(
+            f"{where}: the tools in the column 'tools' would be left out.",
+            "A conversation is read from its messages alone.",
+            "Write them into its system message, as the model is to read them on the device, or delete the column.",
+        )
     if isinstance(row.get("system"), str) and row["system"].strip() and messages[0]["role"] != "system":
         raise UsageError(
             f"{where}: the system message in the column 'system' would be left out.",
