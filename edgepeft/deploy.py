@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,7 @@ def deploy(
     gate = _Gate(load().eval(), recipe, data, space)
     row = _fp32(data, space, gate, say)
     gate.model = None
+    gc.collect()  # what a method has put on a model refers to it in a circle
     ledger.record(space.ledger, row)
     say(f"export: onnx-fp32: {_described(row)}")
     if not row.kept:
